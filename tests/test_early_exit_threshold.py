@@ -593,10 +593,11 @@ def test_frames_are_calibrated_for_the_steps_of_the_training(tmp_path: Path, mon
         assert done.exit_code == 1 and "T=6 steps need as many frames, got 5" in done.output
 
 
-def test_early_exit_tells_of_a_model_of_an_earlier_checkpoint(model: Path) -> None:
+@pytest.mark.parametrize("command", ["calibrate", "early-exit", "bench"])
+def test_a_model_of_an_earlier_checkpoint_is_told(command: str, model: Path) -> None:
     describe(model, source={"checkpoint_sha256": "00"})
     (model.parent / "checkpoint.safetensors").touch()
-    said = " ".join(run("early-exit", model).output.split())
+    said = " ".join(run(command, model, *(["--repeats", "1"] if command == "bench" else [])).output.split())
     assert "m.onnx was exported from another checkpoint than" in said
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED, Recorded
-from tetdeploy.cli.inputs import load_inputs
+from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
     ABOVE_0,
     AT_LEAST_1,
@@ -107,6 +107,7 @@ def bench(
         runtime=chosen.runtime,
         cuda_graphs=cuda_graphs,
     )
+    note_other_checkpoint(timing.engine)
     named, json_path = json_path is not None, output_path(json_path, timing.engine, ".bench.json")
     if max(threads) > cores:
         console.print(f"{max(threads)} threads on {cores} cores: they will wait for each other", style="yellow")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.errors import Recorded
-from tetdeploy.cli.inputs import default_steps, held_out
+from tetdeploy.cli.inputs import default_steps, held_out, note_other_checkpoint
 from tetdeploy.cli.options import (
     AT_LEAST_1,
     PARTS,
@@ -103,6 +103,7 @@ def calibrate(
     from tetdeploy.report.early_exit import calibration_shown
 
     engine = chosen.engine()
+    note_other_checkpoint(engine)
     engine.check_early_exit()
     rule = exit_path(engine.path)
     check_writable(rule, remedy="copy the model to another folder")
