@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from export_helpers import digits, exported
 from gpu_stand_in import gpu_build
-from report_helpers import MACHINE, run_folder, write
+from report_helpers import MACHINE, run_folder, seeds_folder, write
 from report_helpers import result as sweep_result
 
 from tetdeploy import native
@@ -336,6 +336,17 @@ def test_the_report_has_a_table_for_each_model(model: Path) -> None:
         assert table.headers[:4] == ("T", "threads", "batch", "median")
         assert [row[:3] for row in table.rows] == [("4", "1", "1"), ("4", "1", "8")]
         assert all(row[3].endswith(" ms") and row[-1] == "2" for row in table.rows)
+
+
+def test_timings_of_runs_of_one_name_stand_side_by_side(tmp_path: Path) -> None:
+    """As seed-0 of several trainings."""
+    row = dict.fromkeys(("median_ms", "p95_ms", "p99_ms", "images_per_s"), 1.0)
+    row |= dict.fromkeys(("T", "threads", "batch", "calls"), 1)
+    trained = [seeds_folder(tmp_path / name, sweep_result(kind="sweep")) for name in ("sdt", "tet")]
+    for folder in trained:
+        write(folder / "seed-0/m.bench.json", {"kind": "bench", "model": "m.onnx", "machine": MACHINE, "rows": [row]})
+    assert [*read_results(trained).benches] == ["sdt seed-0 m", "tet seed-0 m"]
+    assert [*read_results(trained, ["A"]).benches] == ["A seed-0 m", "tet seed-0 m"]
 
 
 def test_the_next_step_is_the_report_of_the_run(model: Path) -> None:

@@ -230,7 +230,7 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
             f"train further (--resume), or export and run tetdeploy sweep{''.join(f'. {note}' for note in notes)}"
         )
     check_comparable(sources)
-    folders = [run.folder for source in sources for run in source.runs.values()]
+    folders = {label: run.folder for source in sources for label, run in source.runs.items()}
     benches = read_benches(folders, timings, notes)
     return Results(sources, tuple(notes + list(_cautions(sources))), benches)
 

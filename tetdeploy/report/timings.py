@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ def is_bench(path: Path) -> bool:
     return path.name.endswith(_SUFFIX) or json_object(path, remedy=WANTED).get("kind") == "bench"
 
 
-def read_benches(folders: Sequence[Path], files: Sequence[Path], notes: list[str]) -> dict[str, dict[str, Any]]:
-    """The benches in some run folders, of which a note names those left out as they are damaged, and in files of their
-    own, by a name for each. Notes name those of another model than lies beside them, too.
+def read_benches(folders: Mapping[str, Path], files: Sequence[Path], notes: list[str]) -> dict[str, dict[str, Any]]:
+    """The benches in run folders, of which a note names those left out as they are damaged, and in files of their own,
+    by a name for each. Notes name those of another model than lies beside them, too.
+
+    Args:
+        folders: by what the report calls the run.
 
     Raises:
         ValueError: one of the files is no bench, or damaged.
@@ -38,12 +41,12 @@ def read_benches(folders: Sequence[Path], files: Sequence[Path], notes: list[str
     return benches
 
 
-def _named(folders: Sequence[Path], files: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+def _named(folders: Mapping[str, Path], files: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     seen = set()
-    for folder in folders:
+    for run, folder in folders.items():
         for file in sorted(folder.glob(f"*{_SUFFIX}")):
             seen.add(file.resolve())
-            yield f"{folder.resolve().name} {file.name.removesuffix(_SUFFIX)}", file
+            yield f"{run} {file.name.removesuffix(_SUFFIX)}", file
     for file in files:
         if file.resolve() not in seen:
             yield str(file), file
