@@ -403,7 +403,7 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     result = json.loads((tmp_path / "m.early-exit.json").read_text())
     assert result["early_exit"]["mean_T"] == pytest.approx(content["mean_T"])
     assert result["early_exit"]["accuracy"] == pytest.approx(content["accuracy"])
-    assert f"{content['mean_T']:.2f}" in done.output and "× faster" in done.output
+    assert f"{content['mean_T']:.2f}" in done.output and "time of the run" in done.output
     assert "promises nothing" not in done.output
     options = "--limit", 50, "--batch-size", 16, "--json", tmp_path / "longer.json"
     done = run("early-exit", model, "--data", held_out, "--T", T + 1, *options)
@@ -508,6 +508,8 @@ def test_what_is_saved_is_told_as_all_steps_over_those_taken() -> None:
         ("energy, first layer once", "4 µJ", "1 µJ", "4.00 × less"),
         ("time of the run", "5 s", "2 s", "2.50 × faster"),
     ]
+    *_, time = compared(EARLY_EXIT | {"fixed_seconds": 2.0, "seconds": 5.0, "speedup": 0.4})
+    assert time == ("time of the run", "2 s", "5 s", "2.50 × slower")
 
 
 def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:

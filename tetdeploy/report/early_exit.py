@@ -110,7 +110,11 @@ def compared(early: Mapping[str, Any]) -> Iterator[Cells]:
         fixed, cost = early["fixed_cost"][key], early["cost"][key]
         yield labels[name], energy(fixed), energy(cost), _times(fixed, cost)
     fixed, seconds = (f"{three_digits(early[key])} s" for key in ("fixed_seconds", "seconds"))
-    yield "time of the run", fixed, seconds, f"{early['speedup']:.2f} × faster"
+    yield "time of the run", fixed, seconds, _speed(early["speedup"])
+
+
+def _speed(speedup: float) -> str:
+    return f"{1 / speedup:.2f} × slower" if 0 < speedup < 1 else f"{speedup:.2f} × faster"
 
 
 def lost(entry: Mapping[str, Any]) -> str:
