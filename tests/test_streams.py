@@ -144,6 +144,21 @@ def test_one_call_for_as_many_as_a_batch_holds(bound: str, monkeypatch: pytest.M
     assert pool.push({}) == {}
 
 
+def test_state_of_streams_that_lie_together_is_read_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = StreamPool(engine("step"))
+    call, shared = pool.engine.call, list[set[bool]]()
+
+    def watched(feed: Any, *arguments: Any, **options: Any) -> Any:
+        shared.append({np.shares_memory(feed[name], array) for name, array in pool._carried.items() if name != "x"})
+        return call(feed, *arguments, **options)
+
+    monkeypatch.setattr(pool.engine, "call", watched)
+    a, b, c = (pool.open() for _ in range(3))
+    for ids in ((a, b, c), (b, c), (c, b), (a, c)):
+        pool.push(dict.fromkeys(ids, digits().images[0]))
+    assert shared == [{True}, {True}, {False}, {False}]
+
+
 def test_threads_share_a_pool() -> None:
     pool = StreamPool(engine("step"))
     ids = [pool.open() for _ in range(24)]

@@ -256,8 +256,11 @@ class StreamPool:
         logits = (self._sums["logits"][rows] / t[:, None]).astype(np.float32)
         return dict(zip(ids, map(StepResult, logits, per_step[:, -1], t.tolist()), strict=True))
 
-    def _rows_of(self, ids: Sequence[int]) -> Array:
-        return np.array([self._row[id] for id in ids])
+    def _rows_of(self, ids: Sequence[int]) -> slice | Array:
+        """The rows of some streams; as a slice, which is read without a copy, if they follow one another."""
+        rows = [self._row[id] for id in ids]
+        first = rows[0]
+        return slice(first, first + len(rows)) if rows == [*range(first, first + len(rows))] else np.array(rows)
 
     def _find(self, id: int) -> int:
         if id not in self._row:
