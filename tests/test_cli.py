@@ -647,6 +647,9 @@ class TestCommands:
         message = refused("train", "--init", RUN, "--width", "1", "--model", "resnet19", "--epochs", "1")
         assert "has model convsnn, not resnet19, and width 0.5, not 1.0, which" in message
         assert message.endswith("leave out --model and --width\n")
+        np.savez("large.npz", images=np.zeros((4, 16, 16), np.uint8), labels=np.array([0, 0, 1, 1]))
+        message = refused("train", "--init", RUN, "--data", "large.npz", "--epochs", "1")
+        assert f"{RUN} takes images [1, 8, 8] and large.npz has [1, 16, 16], which its weights do not fit; " in message
         Path("recipe.toml").write_text('model = "resnet19"\nepochs = 1\n')
         message = refused("train", "--config", "recipe.toml", "--init", RUN, "--width", "1")
         assert message.endswith("leave out model in the recipe and --width\n")

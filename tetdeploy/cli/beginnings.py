@@ -210,7 +210,8 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Checkpoint) -> 
     """Take the weights of `init`, and say which ones its number of classes leaves out.
 
     Raises:
-        ValueError: they do not fit the network; a model or a width that was given and is not theirs is named.
+        ValueError: they do not fit the network; a model or a width that was given and is not theirs is named, and
+            another shape of the images.
     """
     from tetdeploy.checkpoint import MisfitError, load_weights
 
@@ -219,6 +220,12 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Checkpoint) -> 
     except MisfitError as error:
         theirs, ours = init.metadata["network"], {"model": classifier.config.model, "width": classifier.config.width}
         others = {k: value for k, value in ours.items() if is_given(ctx, k) and theirs.get(k, value) != value}
+        shape, own = list(init.metadata["data"]["image_shape"]), list(classifier.image_shape)
+        if not others and shape != own:  # of a size that the readout's weights go by, or of other channels
+            raise ValueError(
+                f"{init.path} takes images {shape} and {classifier.data} has {own}, which its weights do not fit; make "
+                "them alike with --data, or train without --init"
+            ) from error
         if not others:
             raise
         differ = ", and ".join(f"{name} {theirs[name]}, not {value}" for name, value in others.items())
