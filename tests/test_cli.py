@@ -1044,7 +1044,9 @@ class TestBadInput:
             ("report", RUN, "-o", f"{RUN}/config.json"),
             *((command, MODEL, "--json", f"{RUN}/model-T3.reference.npz") for command in ("validate", "inspect")),
             ("report", RUN, "--markdown", f"{RUN}/last.safetensors"),
+            ("report", RUN, "--markdown", f"{RUN}/config.json"),
             ("evaluate", RUN, "--predictions", f"{RUN}/config.json"),
+            ("evaluate", RUN, "--predictions", f"{RUN}/model-T3.reference.npz"),
         ],
     )
     def test_an_output_does_not_take_the_place_of_something_else(

@@ -167,6 +167,7 @@ def test_the_class_of_each_image_is_kept(runs: Path) -> None:
     assert "--predictions: runs/turned is measured on other images than runs/snn; choose --data" in result.stderr
     assert not Path("q.npz").exists()
     assert run("runs/snn", "runs/turned", "--T", "1", "--limit", "9").exit_code == 0
+    assert run("runs/turned", "--T", "1", "--limit", "9", "--predictions", "p.npz").exit_code == 0  # in their place
 
 
 @pytest.mark.parametrize("folder", ["r/[tet]", "r/[/tet]", "r/:bug:"])

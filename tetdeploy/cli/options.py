@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from zipfile import BadZipFile, ZipFile
 
 import click
 
@@ -103,11 +104,23 @@ def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None
 
 
 def _check_output(path: Path, option: str) -> None:
-    begins = {"--json": b"{", "--predictions": b"PK"}.get(option, b"")
+    begins = {"--json": b"{", "--predictions": b"PK", "--markdown": b"# "}.get(option, b"")
     check_writable(path, begins=begins, remedy=f"choose another with {option}")
+    if option == "--predictions" and path.is_file() and path.stat().st_size and not _holds_predictions(path):
+        text = "it is there, and something else; choose another with --predictions, or remove it"
+        raise OSError(f"cannot write {path}: {text}")
     ending = Path(os.path.realpath(path)).suffix
     if option == "--json" and ending in {*MODELS, ".npz"}:  # it might be what the command writes
         raise OSError(f"cannot write {path}: JSON has no name in {ending}; choose another with --json")
+
+
+def _holds_predictions(path: Path) -> bool:
+    """Rather than a data set, say, which may be a `.npz` too."""
+    try:
+        with ZipFile(path) as arrays:
+            return "predicted.npy" in arrays.namelist()
+    except BadZipFile:
+        return False
 
 
 def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) -> tuple[int, ...] | None:
