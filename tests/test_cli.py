@@ -182,7 +182,12 @@ class TestCommands:
 
     @pytest.mark.parametrize(
         "command",
-        [("sweep", MODEL, "--limit", "4"), ("inspect", MODEL), ("predict", MODEL, "a.png"), ("validate", MODEL)],
+        [
+            *(("sweep", MODEL, "--limit", "4"), ("inspect", MODEL), ("predict", MODEL, "a.png"), ("validate", MODEL)),
+            ("landscape", RUN, "--points", "3", "--limit", "4"),
+            pytest.param(("build", MODEL, "--gpu-arch", "8.9"), marks=needs("tensorrt_rtx")),
+            pytest.param(("export", MODEL, "--format", "kserve", "--storage-uri", "s3://models"), marks=needs("yaml")),
+        ],
     )
     def test_a_reader_that_leaves_takes_no_result_along(
         self, command: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch

@@ -117,11 +117,11 @@ def build(
             BuildConfig(**options),
             progress=lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),
         )
-    print_built(built, verbose=verbose)
     if json_path is not None:
         write_json(
             json_path, {"engine": str(built.path)} | {k: v for k, v in built.manifest.items() if k != "metadata"}
         )
+    print_built(built, verbose=verbose)
 
 
 def print_built(built: Built, *, verbose: bool) -> None:

@@ -114,10 +114,10 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str, reposit
     from tetdeploy.export.repository import add_to_repository
 
     added = add_to_repository(repository, models, name)
-    for model in added:
-        console.print(f"{model.path}/{model.version}   {model.platform}")
     if ctx.params["json_path"] is not None:
         write_json(ctx.params["json_path"], {"models": [model.to_dict() for model in added]})
+    for model in added:
+        console.print(f"{model.path}/{model.version}   {model.platform}")
     console.print(f"next: tritonserver --model-repository {shlex.quote(str(repository))}   (docs/cluster.md)")
 
 
@@ -137,9 +137,9 @@ def _write_service(ctx: click.Context, model: Path, name: str, path: Path) -> No
     runtime = RUNTIMES[metadata["target"]]
     service = inference_service(name, model_file=model.name, storage_uri=storage_uri, image=image, runtime=runtime)
     write_inference_service(path, service)
-    console.print(f"{path}   {service['metadata']['name']}   {image}")
     if ctx.params["json_path"] is not None:
         write_json(ctx.params["json_path"], {"path": str(path), "service": service})
+    console.print(f"{path}   {service['metadata']['name']}   {image}")
     # Beside it: what the estimated energy and early_exit: true need.
     beside = [reference_path(model)] if why_unfit(model) else [reference_path(model), exit_path(model)]
     copied = [model, *filter(Path.exists, beside)]

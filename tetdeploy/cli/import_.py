@@ -42,16 +42,16 @@ def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options:
 
     check_writable(output_file(out), ".safetensors", remedy="choose another with --out")
     report = import_to_checkpoint(file, arch, out, **options)
-    console.print(
-        f"{report.num_keys} keys, {report.num_merged} of them second names of a tensor   "
-        f"{report.config.model} {report.num_parameters / 1e6:.3g} M parameters, {report.config.num_classes} classes of "
-        f"{report.data}"
-    )
     if json_path is not None:
         write_json(
             json_path,
             {"path": str(report.path), "data": report.data, "keys": report.num_keys, "merged": report.num_merged},
         )
+    console.print(
+        f"{report.num_keys} keys, {report.num_merged} of them second names of a tensor   "
+        f"{report.config.model} {report.num_parameters / 1e6:.3g} M parameters, {report.config.num_classes} classes of "
+        f"{report.data}"
+    )
     console.print(str(report.path))
     if not report.names_data:
         console.print(

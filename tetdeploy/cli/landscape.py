@@ -179,20 +179,20 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
 
 
 def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, radius: float, images: str) -> None:
-    """Table, plot and JSON."""
+    """Plot and JSON, and then the table: `| head` may end the printing."""
     from tetdeploy.report.landscape import landscape_table, plot_landscape, summarise
 
     settings = result.settings
     count, frames = settings["num_images"], settings.get("frames")
     steps = f"T={settings['T']}" + (f" of {frames} frames" if frames else "")
-    console.print(landscape_table(result, radius))
-    rises = f"rises over the grid points at most {radius:g} away; {count:,} images of {images}; {steps}"
-    console.print(rises, style="dim")
     plot_landscape(result, plot, radius=radius, title=f"{count:,} images of {images}   {steps}")
     if json_path is not None:
         rows = summarise(result, radius)
         content = {"numbers": str(path), "plot": str(plot), "images": images, "radius": radius}
         write_json(json_path, content | {"settings": dict(settings), "rows": rows})
+    console.print(landscape_table(result, radius))
+    rises = f"rises over the grid points at most {radius:g} away; {count:,} images of {images}; {steps}"
+    console.print(rises, style="dim")
     console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None))
     console.print("next: look at the plot; a flatter minimum has fewer lines inside the circle")
 
