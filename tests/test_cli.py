@@ -1586,5 +1586,6 @@ def command():
     warnings.warn("slower than it could be", RuntimeWarning)
 command()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "Warning: slower than it could be\n"
+    for options, rc, begins in (((), 0, "Warning"), (("-W", "error::RuntimeWarning"), 1, "Error")):
+        done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.stderr, done.returncode) == (f"{begins}: slower than it could be\n", rc)

@@ -35,9 +35,9 @@ INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
 class CleanErrors(click.Command):
-    """A command that reports ValueError, OSError, MissingExtraError and memory that does not suffice as `Error: ...`
-    with exit code 1, and Ctrl-C, SIGTERM or SIGHUP, where it does not do so itself, with exit code 130: files are
-    written whole or not at all."""
+    """A command that reports ValueError, OSError, MissingExtraError, memory that does not suffice and, with
+    PYTHONWARNINGS=error, warnings as `Error: ...` with exit code 1, and Ctrl-C, SIGTERM or SIGHUP, where it does not do
+    so itself, with exit code 130: files are written whole or not at all."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_lacking_characters()
@@ -68,7 +68,7 @@ class CleanErrors(click.Command):
         try:
             _check_current_folder()
             return super().invoke(ctx)
-        except (ValueError, MissingExtraError) as error:
+        except (ValueError, MissingExtraError, Warning) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
             _drop_unwritten()
