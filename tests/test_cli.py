@@ -219,6 +219,11 @@ class TestCommands:
         said = refused("train", "--seed", "1", "--seeds", "0,1", code=2)
         assert "--seed and --seeds both decide the random numbers: choose one of them" in said
 
+    @pytest.mark.parametrize("options", [("--out", "runs/"), ("--runs", "a/../mine", "--out", "mine")])
+    def test_a_run_does_not_lie_where_all_runs_do(self, options: tuple[str, ...]) -> None:
+        """The link to the newest run, in it, would lead to itself."""
+        assert "is the folder of all runs: name one in it, such as" in refused("train", *options, code=2)
+
     @pytest.mark.parametrize(
         ("target", "command"),
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ def check_beginnings(ctx: click.Context) -> None:
     run, out = ctx.params["resume"], ctx.params["out"]
     if run and out is not None and Path(run).resolve() != out.resolve():
         raise click.UsageError(f"--resume goes on in the run's own folder, {run}, and --out names {out}: leave it out")
+    if out is not None and not resume and os.path.realpath(out) == os.path.realpath(ctx.params["runs"]):
+        raise click.UsageError(f"--out {out} is the folder of all runs: name one in it, such as {out / 'NAME'}")
     if init and resume:
         raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
     if init and ctx.params["seeds"]:
