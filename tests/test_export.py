@@ -780,14 +780,22 @@ class Resized(Small):
         return nn.functional.interpolate(smaller, (8, 8)).expand(T, -1, -1, -1, -1)
 
 
+class Flattened(Small):
+    """One Reshape of a layer's result takes T and N apart and merges all other axes."""
+
+    def between(self, spikes: Tensor) -> Tensor:
+        pooled = nn.functional.avg_pool2d(spikes.flatten(0, 1), 3, 1, 1)
+        return self.lif(pooled.reshape(*spikes.shape[:2], 256))
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "step"])
 def test_currents_in_other_shapes(layout: str, tmp_path: Path) -> None:
-    net = classifier(SideBySide(AddedTimeAxis, BroadcastCurrent, AsksForFloat32, Resized))
+    net = classifier(SideBySide(AddedTimeAxis, BroadcastCurrent, AsksForFloat32, Resized, Flattened))
     x = digits().images[:40]
     made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
     runner = Engine(made.path, threads=1)
     np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
-    assert len(runner.metadata["encoded"]) == (4 if layout == "step" else 0)
+    assert len(runner.metadata["encoded"]) == (5 if layout == "step" else 0)
 
 
 class TakesTheImageTwice(Small):
