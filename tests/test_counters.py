@@ -697,6 +697,24 @@ def test_what_is_uncounted_of_each_step_is_named_once(tmp_path: Path) -> None:
     assert metadata["uncounted"] == ["each (bias_adds)", "each", "each#2", "each#3"]
 
 
+class CalledTwice(nn.Module):
+    """A linear layer of 16,384 weights at two places: the optimiser leaves the Transpose of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif, self.layer, self.readout = LIF(v_th=0.3), nn.Linear(128, 128), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(torch.cat([x, 1 - x], 1).flatten(1).expand(T, -1, -1))
+        return self.readout(self.lif(self.layer(self.lif(self.layer(spikes)))))
+
+
+def test_a_large_layer_at_two_places_is_counted_where_bn_is_not_folded(tmp_path: Path) -> None:
+    metadata = unchecked(CalledTwice(), tmp_path / "m.onnx", ExportConfig(T=3, fold_bn=False)).metadata
+    assert [layer["name"] for layer in metadata["layers"]] == ["layer", "layer#2", "readout"]
+    assert metadata["uncounted"] == []
+
+
 class FromNeuronsToNeurons(nn.Module):
     """The second neurons alone read the first, step by step."""
 
