@@ -1575,7 +1575,14 @@ class KeepsFrames(nn.Module):
         return x + last
 
 
-@pytest.mark.parametrize("encode", [CentredFrames, KeepsFrames])
+class AddsUpFrames(nn.Module):
+    """Only of large numbers do four frames add up to so much."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.cumsum(0) < 100)
+
+
+@pytest.mark.parametrize("encode", [CentredFrames, KeepsFrames, AddsUpFrames])
 def test_frames_that_become_other_currents_beside_others_are_refused(encode: type[nn.Module]) -> None:
     kept = r"; this run changed what is kept in encode \(KeepsFrames of test_export\)" if encode is KeepsFrames else ""
     with pytest.raises(ValueError, match=rf"mixes time outside its neurons: .* from one step to the next{kept}$"):
