@@ -58,7 +58,7 @@ class TrainState:
     Attributes:
         epoch: finished epochs, and so the index of the running one.
         step: finished steps of the running epoch.
-        losses: of the running epoch's steps, [steps per epoch], float32, on the training device; so are `correct`,
+        losses: of the running epoch's finished steps, in [steps per epoch], float32, on the device; so are `correct`,
             the rightly classified images of each step, int64. They stay there until someone looks: no step waits.
         average: moving average of the parameters, by name; empty without `ema`.
         seconds: spent on the running epoch's steps.
@@ -89,8 +89,6 @@ class TrainState:
 
     def next_epoch(self) -> None:
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
-        self.losses.zero_()
-        self.correct.zero_()
 
 
 def save_state(
