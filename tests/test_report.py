@@ -892,6 +892,18 @@ class TestRefusals:
         different = "they were measured on different data: a on folder:a/test, b on folder:b/test;"
         self.refused(*files, match=f"cannot be compared, {different}")
 
+    def test_of_a_run_the_results_on_its_own_data(self, tmp_path: Path) -> None:
+        """A network may be tried on images of another kind, too, by another of its models."""
+        run = run_folder(tmp_path / "a")
+        own, other = (
+            write(run / f"{m}.sweep.json", result(kind="sweep", data=d)) for m, d in (("m", "digits"), ("b", "b.npz"))
+        )
+        results = read_results([run])
+        assert [m.files for m in results.measurements] == [(own,)]
+        assert f"a b is left out: it is on b.npz, not digits; by itself: tetdeploy report {other}" in results.notes
+        write(own, result(kind="sweep", data="c.npz"))  # none is on the data of the training
+        assert [m.files for m in read_results([run]).measurements] == [(other,)]
+
     @pytest.mark.parametrize("measured", [False, True])
     def test_trainings_on_different_data_with_one_of_them_not_measured(self, tmp_path: Path, measured: bool) -> None:
         one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two", data="cifar10")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,6 +268,7 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
         (stem, _measurement(label if single[label] == 1 else f"{label} {stem}", contents, run, notes))
         for label, run, stem, contents in found
     ]
+    measured = _on_one_data_set(measured, notes)
     measurements = tuple(m for _, m in measured)
     if not seeds:
         return Source(name, runs, measurements, measurements, {})
@@ -280,6 +282,21 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
         for stem, group in by_stem.items()
     ]
     return Source(name, runs, measurements, tuple(chain.from_iterable(series)), summary)
+
+
+def _on_one_data_set(measured: list[tuple[str, Measurement]], notes: list[str]) -> list[tuple[str, Measurement]]:
+    """The results in a folder whose accuracies are on the data of the training, or else on those of the first one: what
+    is on other data does not compare, as where a network is tried on images of another kind, too."""
+    data = {m.name: _data_name(m.content["data"]) for _, m in measured if has_accuracy(m.content)}
+    if len(set(data.values())) < 2:
+        return measured
+    trained_on = {_data_name(m.run.data.get("name", "")) for _, m in measured if m.run}
+    kept = next((name for name in data.values() if name in trained_on), next(iter(data.values())))
+    for _, m in measured:
+        if data.get(m.name, kept) != kept:
+            again = shlex.join(["tetdeploy", "report", *map(str, m.files)])
+            notes.append(f"{m.name} is left out: it is on {data[m.name]}, not {kept}; by itself: {again}")
+    return [(stem, m) for stem, m in measured if data.get(m.name, kept) == kept]
 
 
 def _over_seeds(
