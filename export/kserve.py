@@ -52,9 +52,7 @@ def check_target(what: object, target: str) -> None:
         )
 
 
-def inference_service(
-    name: str, *, model_file: str, storage_uri: str, image: str, runtime: str = "onnxruntime"
-) -> dict[str, Any]:
+def inference_service(name: str, *, model_file: str, storage_uri: str, image: str, runtime: str) -> dict[str, Any]:
     """The InferenceService (v1beta1) that serves one model over the Open Inference Protocol v2, as a Deployment, as
     Knative takes no pod that sleeps before it stops.
 
@@ -75,8 +73,8 @@ def inference_service(
         return {"httpGet": {"path": path, "port": HTTP_PORT}, "periodSeconds": PERIOD, "timeoutSeconds": 5, **more}
 
     resources = {"cpu": CPUS, "memory": MEMORY}
-    options = ["--host", HOST, "--http-port", str(HTTP_PORT), "--threads", CPUS, "--max-state-mb", STATE_MB]
-    options += [] if runtime == "onnxruntime" else ["--runtime", runtime]
+    options = ["--runtime", runtime, "--host", HOST, "--http-port", str(HTTP_PORT)]
+    options += ["--threads", CPUS, "--max-state-mb", STATE_MB]
     container = {
         "name": "kserve-container",  # by which KServe knows the one that answers
         "image": image,

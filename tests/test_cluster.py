@@ -106,7 +106,7 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
     options = serve.make_context("serve", list(arguments)).params  # refuses an option that the command does not have
     assert options["models"] == (f"digits-t4=/mnt/models/{model.name}",)
     assert (options["host"], options["http_port"], options["threads"]) == ("::", 8080, 2)
-    assert options["max_state"] == 250e6
+    assert (options["runtime"], options["max_state"]) == ("onnxruntime", 250e6)
     assert container["resources"] == {kind: {"cpu": "2", "memory": "2Gi"} for kind in ("requests", "limits")}
     confined = container["securityContext"]
     assert confined["runAsNonRoot"] and not confined["allowPrivilegeEscalation"]
@@ -155,7 +155,7 @@ def unknown_fields(value: Any, kind: str) -> Iterator[str]:
 
 
 def test_every_field_is_one_of_a_pods() -> None:
-    service = inference_service("a" * 53, model_file="m.onnx", storage_uri=URI, image="tetdeploy:1")
+    service = inference_service("a" * 53, model_file="m", storage_uri=URI, image="tetdeploy:1", runtime="openvino")
     assert list(service) == ["apiVersion", "kind", "metadata", "spec"] and list(service["spec"]) == ["predictor"]
     assert not list(unknown_fields(service["metadata"], "V1ObjectMeta"))
     pod = {name: value for name, value in service["spec"]["predictor"].items() if name not in KSERVES}
