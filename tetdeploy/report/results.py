@@ -292,11 +292,14 @@ def _on_one_data_set(measured: list[tuple[str, Measurement]], notes: list[str]) 
         return measured
     trained_on = {_data_name(m.run.data.get("name", "")) for _, m in measured if m.run}
     kept = next((name for name in data.values() if name in trained_on), next(iter(data.values())))
-    for _, m in measured:
-        if data.get(m.name, kept) != kept:
+    comparable = []
+    for stem, m in measured:
+        if (on := data.get(m.name, kept)) == kept:
+            comparable.append((stem, m))
+        else:
             again = shlex.join(["tetdeploy", "report", *map(str, m.files)])
-            notes.append(f"{m.name} is left out: it is on {data[m.name]}, not {kept}; by itself: {again}")
-    return [(stem, m) for stem, m in measured if data.get(m.name, kept) == kept]
+            notes.append(f"{m.name} is left out: it is on {on}, not {kept}; by itself: {again}")
+    return comparable
 
 
 def _over_seeds(
