@@ -21,7 +21,6 @@ from __future__ import annotations
 import io
 import json
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +52,6 @@ from tetdeploy.wording import first_line
 from .causality import check_on_noise
 
 aten = torch.ops.aten
-_OLDEST = (1, 0, 6)  # of the package nir: its neurons have v_reset
 DT = 1e-4  # seconds a step: what snnTorch and SpikingJelly assume of a NIR graph, which does not say
 
 
@@ -131,9 +129,8 @@ def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple
 def _import_nir() -> Any:
     """The package nir; `pip install sinabs` takes an older one back."""
     nir = import_extra("nir", "nir")
-    if tuple(map(int, re.findall(r"\d+", nir.version)[:3])) < _OLDEST:
-        oldest = ".".join(map(str, _OLDEST))
-        raise MissingExtraError(f"nir {nir.version} is too old; {oldest} or later is needed: pip install -U nir")
+    if "v_reset" not in nir.LIF.__dataclass_fields__:
+        raise MissingExtraError(f"nir {nir.version} is too old, its neurons have no v_reset: pip install -U nir")
     return nir
 
 
