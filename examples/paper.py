@@ -31,6 +31,7 @@ import click
 
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.files import atomic_write, sha256_of, write_json
+from tetdeploy.metrics import read_metrics
 from tetdeploy.provenance import version, written
 from tetdeploy.report.drawing import save_plot
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
@@ -288,10 +289,6 @@ def mean_std(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.2f}{spread}"
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def trained_T(run: Path) -> int:
     return int(json.loads((run / "config.json").read_text())["training"]["T"])
 
@@ -389,7 +386,7 @@ def switch(at: Place) -> None:
     curves, runs = {}, {}
     for entry in TABLES["figure3"]:
         folders = trained(entry, at)
-        rows, runs[entry.name] = metrics(folders[0]), traced(folders, at)
+        rows, runs[entry.name] = read_metrics(folders[0]), traced(folders, at)
         curves[entry.name] = rows
         line = "-" if "TET" in entry.name else "--"  # before the switch both are one, and both are to be seen
         for axis, key, label, unit in zip(
