@@ -66,16 +66,14 @@ def _check_outputs(out: Path, name: str, file_format: str, json_path: Path | Non
 def _refuse_what_the_cluster_lacks(ctx: click.Context) -> None:
     if ctx.params["file_format"] == "kserve":
         from tetdeploy.export.kserve import check_target
+    else:
+        from tetdeploy.export.repository import check_target
 
-        check_target("the export", ctx.params["target"])
-        return
-    from tetdeploy.export.repository import check_target
-
-    if ctx.params["with_state"]:
-        raise click.UsageError(
-            "--with-state cannot go with --format triton-repository: Triton cannot keep its state in chunks of T; the "
-            "step layout, which is added to any other, serves streams"
-        )
+        if ctx.params["with_state"]:
+            raise click.UsageError(
+                "--with-state cannot go with --format triton-repository: Triton cannot keep its state in chunks of T; "
+                "the step layout, which is added to any other, serves streams"
+            )
     check_target("the export", ctx.params["target"])
 
 

@@ -15,6 +15,7 @@ from tetdeploy.cli.options import (
     AT_LEAST_1,
     ChosenModel,
     data_dir_option,
+    limit_option,
     opens_model,
     output_path,
     parsed_steps,
@@ -57,7 +58,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
     "beside the model; with --against the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images of the data set.")
+@limit_option
 @click.option(
     "--against",
     type=click.Path(path_type=Path),

@@ -40,6 +40,7 @@ __all__ = [
     "holds_out_others",
     "is_imagenet",
     "is_known",
+    "is_own_file",
     "load_data",
     "load_frames",
     "load_parts",

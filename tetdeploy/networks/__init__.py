@@ -42,6 +42,7 @@ __all__ = [
     "build_network",
     "check_classifier",
     "code_sha256",
+    "drawn_as_trained",
     "import_network",
     "run_network",
     "smooth_twin",
