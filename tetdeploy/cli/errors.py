@@ -88,7 +88,10 @@ class CleanErrors(click.Command):
 
 
 class CleanGroup(CleanErrors, click.Group):
-    """The same of all commands in a group."""
+    """The same of all commands in a group, whose own text lists them."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        pass
 
 
 class Recorded(click.Command):
