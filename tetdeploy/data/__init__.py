@@ -56,9 +56,9 @@ __all__ = [
 
 _IMAGE_SETS: dict[str, Callable[[Split, Path], ImageSet]] = {
     "digits": lambda split, data_dir: load_digits(split),
-    "fashion-mnist": lambda split, data_dir: load_fashion_mnist(split, data_dir=data_dir),
-    "cifar10": lambda split, data_dir: load_cifar10(split, data_dir=data_dir),
-    "cifar100": lambda split, data_dir: load_cifar100(split, data_dir=data_dir),
+    "fashion-mnist": load_fashion_mnist,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
 }
 _EVENT_SETS: dict[str, Callable[[Split, Path, Binning], FrameSet]] = {
     "n-mnist": load_n_mnist,

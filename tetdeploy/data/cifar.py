@@ -63,7 +63,7 @@ CIFAR100 = _Cifar(
 )
 
 
-def load_cifar10(split: Split, *, data_dir: Path) -> ImageSet:
+def load_cifar10(split: Split, data_dir: Path) -> ImageSet:
     """CIFAR-10, uint8 [N, 3, 32, 32], found under `data_dir` or else downloaded into it.
 
     Looked for, in this order: `cifar-10-batches-py` (torchvision's layout), `cifar10/<split>/<class>/*` (images), and
@@ -78,7 +78,7 @@ def load_cifar10(split: Split, *, data_dir: Path) -> ImageSet:
     return _load(CIFAR10, split, data_dir)
 
 
-def load_cifar100(split: Split, *, data_dir: Path) -> ImageSet:
+def load_cifar100(split: Split, data_dir: Path) -> ImageSet:
     """CIFAR-100 with its 100 fine classes; as `load_cifar10`, with `cifar-100-python` and `cifar100`."""
     return _load(CIFAR100, split, data_dir)
 

@@ -27,7 +27,7 @@ _PREFIX = {"train": "train", "test": "t10k"}
 _MNIST_LABELS = {"train": [5, 0, 4, 1, 9, 2, 1, 3], "test": [7, 2, 1, 0, 4, 1, 4, 9]}
 
 
-def load_fashion_mnist(split: Split, *, data_dir: Path) -> ImageSet:
+def load_fashion_mnist(split: Split, data_dir: Path) -> ImageSet:
     """Fashion-MNIST, uint8 [N, 1, 28, 28], from the idx files under `data_dir`, or else downloaded into it.
 
     The files (`train-images-idx3-ubyte` and so on, each plain or `.gz`) are looked for in `FashionMNIST/raw`
