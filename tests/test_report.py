@@ -619,7 +619,7 @@ class TestReading:
         run = tmp_path / "a run"
         write(run / "checkpoint.safetensors", "of a later epoch")
         other = {"checkpoint_sha256": "cd" * 32, "model": "m.onnx"}
-        swept = write(run / "m.sweep.json", result(kind="sweep", runtime="openvino", **other))
+        swept = write(run / "m.sweep.json", result(kind="sweep", device=None, runtime="openvino", **other))
         exited = write(run / "m.early-exit.json", result(kind="early-exit", device="tensorrt", **other))
         note = stale(result(**other), [exited, swept])
         assert note is not None and note.startswith(f"{exited} and {swept} are of another checkpoint")

@@ -43,8 +43,8 @@ def _again(files: Sequence[Path], model: Path) -> str:
 def _commands(file: Path, model: Path) -> list[str]:
     """What measures as a result says that it was measured; an early exit by a threshold of this model."""
     content = json_object(file)
-    on = ["--device", content["device"]] if content.get("device", "cpu") != "cpu" else []
-    on += ["--runtime", "openvino"] if content.get("runtime") == "openvino" else []
+    usual = {"device": "cpu", "runtime": "onnxruntime"}.items()
+    on = [word for key, own in usual if content.get(key) not in (None, own) for word in (f"--{key}", content[key])]
     data = ["--data", content["data"]] if has_accuracy(content) and content["data"] else []
     beside = (content.get("agreement") or {}).get("with") == "checkpoint" and (model.parent / CHECKPOINT_NAME).is_file()
     against = ["--against", str(model.parent)] if beside else []
