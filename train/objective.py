@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,11 @@ from .validation import Loss
 
 def epoch_loss(config: TrainConfig, epoch: int) -> Loss:
     """The loss of an epoch, counted from 0: Eq. 7 or Eq. 13, with the configuration's lam, phi and label smoothing."""
-    smoothing = config.label_smoothing
-    if config.loss_at(epoch) == "sdt":
-        return lambda logits, labels: sdt_loss(logits, labels, label_smoothing=smoothing)
-    return lambda logits, labels: total_loss(logits, labels, lam=config.lam, phi=config.phi, label_smoothing=smoothing)
+    losses: dict[str, Loss] = {
+        "sdt": partial(sdt_loss, label_smoothing=config.label_smoothing),
+        "tet": partial(total_loss, lam=config.lam, phi=config.phi, label_smoothing=config.label_smoothing),
+    }
+    return losses[config.loss_at(epoch)]
 
 
 def validation_losses(config: TrainConfig, epoch: int) -> dict[str, Loss]:

@@ -316,7 +316,7 @@ def _loss(session: Session, name: str) -> str:
     lam = session.config.lam
     if session.classifier.config.ann:
         return "cross-entropy" + (f", MSE lambda {lam:g}" if name == "tet" and lam else "")
-    return f"TET lambda {lam:g}" if name == "tet" else "SDT"
+    return f"TET lambda {lam:g}" if name == "tet" else name.upper()
 
 
 def provenance(session: Session, epoch: int, val_accuracy: float | None) -> dict[str, Any]:
