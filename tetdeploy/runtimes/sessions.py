@@ -27,7 +27,7 @@ from tetdeploy.runtimes.openvino_session import OpenVINOSession
 from tetdeploy.wording import first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
+RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # packages, each with the extra that brings it
 MOST_THREADS = max(64, os.cpu_count() or 1)  # ONNX Runtime starts them for minutes, and cannot be interrupted then
 NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
 
