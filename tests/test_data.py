@@ -48,7 +48,7 @@ from tetdeploy.data import (
     save_npz,
     split_validation,
 )
-from tetdeploy.data.cache import cached
+from tetdeploy.data.cache import Cache
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.data.download import download
 from tetdeploy.data.folder import class_files
@@ -662,7 +662,7 @@ def test_cache_is_used_until_a_source_changes(tmp_path: Path, cache_folder: Path
         return {"a": np.array(calls), "b": np.array(["x"])}
 
     def get() -> list[int]:
-        return list(cached("made", tmp_path, [source], make)["a"])
+        return list(Cache(tmp_path, [source]).get("made", make)["a"])
 
     assert (get(), get()) == ([0], [0])
     source.write_bytes(b"22")
@@ -695,7 +695,7 @@ def test_caches_of_before_are_valid(
     listed = [path for found in class_files(place / "train").values() for path in found]
     assert listed == [str(path) for path in paths] and len(listed) == 7
     for sources in (paths, listed):
-        cached("made", Path(root), sources, lambda: {"a": np.zeros(1)})
+        Cache(Path(root), sources).get("made", lambda: {"a": np.zeros(1)})
         [kept] = cache_folder.iterdir()
         assert files.read_npz(kept)["fingerprint"] == digest.hexdigest()
         kept.unlink()
@@ -727,7 +727,7 @@ def test_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    cached("made", tmp_path, [], lambda: {"a": np.zeros(1)})
+    Cache(tmp_path, []).get("made", lambda: {"a": np.zeros(1)})
     assert not Path("relative").exists() and len(list((tmp_path / "home/.cache/tetdeploy").iterdir())) == 1
 
 

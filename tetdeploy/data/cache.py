@@ -18,32 +18,40 @@ Arrays = dict[str, NDArray[Any]]
 _FORMAT = "2"  # raise it when decoding changes, so that older files are made anew
 
 
-def cached(name: str, root: Path, sources: Iterable[Path | str], make: Callable[[], Arrays]) -> Arrays:
-    """What `make` returns, from the cache when `sources` are as they were.
+class Cache:
+    """What is made of some files, for as long as these are as they were.
 
-    One file for each `name` and `root`, in `$XDG_CACHE_HOME/tetdeploy` or `~/.cache/tetdeploy`; it holds a fingerprint
-    of the sources' paths, sizes and modification times. A file that is damaged or belongs to other sources is made
-    anew; where the cache cannot be written the result is returned all the same.
+    One file for each name and `root`, in `$XDG_CACHE_HOME/tetdeploy` or `~/.cache/tetdeploy`; it holds a fingerprint
+    of the sources' paths, sizes and modification times.
 
     Args:
-        name: begins the file's name; readable.
         root: the folder the sources lie in.
-        sources: the files the result is made of, all below `root`.
-        make: makes the arrays; not called when the cache has them.
+        sources: the files all of it is made of, all below `root`.
     """
-    sources = list(sources)
-    fingerprint = _fingerprint(root, sources)
-    path = cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-    with suppress(OSError, ValueError, KeyError), path.open("rb") as source, opened_npz(source, path.name) as file:
-        if str(file["fingerprint"]) == fingerprint:
-            return {key: file[key] for key in file if key != "fingerprint"}
-    arrays = make()
-    with suppress(OSError):
-        write_npz(path, {"fingerprint": fingerprint, **arrays})
-    return arrays
+
+    def __init__(self, root: Path, sources: Iterable[Path | str]) -> None:
+        self._ending = f"-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
+        self._fingerprint = _fingerprint(root, sources)
+
+    def get(self, name: str, make: Callable[[], Arrays]) -> Arrays:
+        """What `make` returns, from the cache if that has it. A file that is damaged or belongs to other sources is
+        made anew; where the cache cannot be written the result is returned all the same.
+
+        Args:
+            name: begins the file's name; readable.
+            make: makes the arrays; not called when the cache has them.
+        """
+        path = cache_folder() / (name + self._ending)
+        with suppress(OSError, ValueError, KeyError), path.open("rb") as source, opened_npz(source, path.name) as file:
+            if str(file["fingerprint"]) == self._fingerprint:
+                return {key: file[key] for key in file if key != "fingerprint"}
+        arrays = make()
+        with suppress(OSError):
+            write_npz(path, {"fingerprint": self._fingerprint, **arrays})
+        return arrays
 
 
-def _fingerprint(root: Path, sources: list[Path | str]) -> str:
+def _fingerprint(root: Path, sources: Iterable[Path | str]) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
     above = str(root / "x")[:-1]
     for path in sources:  # as texts: `relative_to` and `Path.stat` take 3 times as long, a second for 100,000 files

@@ -14,7 +14,7 @@ import numpy as np
 from tetdeploy.extras import import_extra
 from tetdeploy.wording import shorten
 
-from .cache import Arrays, cached
+from .cache import Arrays, Cache
 from .decoding import ImageFile, decode_images
 from .download import download_torchvision
 from .folder import class_files
@@ -90,7 +90,7 @@ def _load(cifar: _Cifar, split: Split, data_dir: Path) -> ImageSet:
         if tree.is_dir():
             return _image_set(cifar, split, _from_tree(cifar, split, tree), str(tree))
         if zips:
-            arrays = cached(f"{cifar.name}-{split}", data_dir, zips, lambda: _from_zips(cifar, split, zips))
+            arrays = Cache(data_dir, zips).get(f"{cifar.name}-{split}", lambda: _from_zips(cifar, split, zips))
             return _image_set(cifar, split, arrays, ", ".join(map(str, zips)))
         looked_for = [
             f"{data_dir / cifar.folder} (torchvision's layout, or the archive it unpacks)",
@@ -141,7 +141,7 @@ def _from_tree(cifar: _Cifar, split: Split, tree: Path) -> Arrays:
         files = {name: [ImageFile(path, Path(path).read_bytes) for path in found] for name, found in classes.items()}
         return _decode(cifar, split, files, str(tree))
 
-    return cached(f"{cifar.name}-{split}-tree", tree, paths, decode)
+    return Cache(tree, paths).get(f"{cifar.name}-{split}-tree", decode)
 
 
 def _from_zips(cifar: _Cifar, split: Split, zips: list[Path]) -> Arrays:

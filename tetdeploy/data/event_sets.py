@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
 
-from .cache import Arrays, cached
+from .cache import Arrays, Cache
 from .cifar import CIFAR10
 from .download import download
 from .events import READERS, Binning, Framing, Size, decode_recordings, frame_size, measure_sensor
@@ -50,13 +50,14 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning, trained:
     train, test = (class_files(root / part, suffixes=tuple(READERS), kind="recordings") for part in ("train", "test"))
     refuse_different_classes(root, train, test)
     paths, labels = in_mixed_order(train, test)
-    sensor = _sensor(root, paths, trained)  # of both splits: they share one
+    cache = Cache(root, paths)
+    sensor = _sensor(root, paths, cache, trained)  # of both splits: they share one
 
     def decode() -> Arrays:
         return {"frames": decode_recordings(list(map(Path, paths)), binning, sensor, text=root.name)}
 
     key = f"events-{root.resolve().name}-{_suffix(binning)}-{sensor[1]}x{sensor[0]}"
-    frames = cached(key, root, paths, decode)["frames"]
+    frames = cache.get(key, decode)["frames"]
     num_train = sum(map(len, train.values()))
     mean, std = count_statistics(frames[:num_train])
     part = slice(num_train) if split == "train" else slice(num_train, None)
@@ -64,12 +65,12 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning, trained:
     return FrameSet(f"events:{root}", split, frames[part], labels[part], tuple(train), mean, std, framing)
 
 
-def _sensor(root: Path, paths: list[str], trained: Framing | None) -> Size:
+def _sensor(root: Path, paths: list[str], cache: Cache, trained: Framing | None) -> Size:
     def measure() -> Arrays:
         size, is_said = measure_sensor(list(map(Path, paths)), text=f"measuring {root.name}")
         return {"sensor": np.array(size), "is_said": np.array(is_said)}
 
-    measured = cached(f"sensor-{root.resolve().name}", root, paths, measure)
+    measured = cache.get(f"sensor-{root.resolve().name}", measure)
     height, width = map(int, measured["sensor"])
     if measured["is_said"]:
         return height, width
@@ -156,13 +157,13 @@ def _frame_set(
         return decode_recordings(paths, binning, sensor, text=f"{name} {split}")
 
     key = f"{name}-{split}-{_suffix(binning)}"
-    frames = cached(key, root, mixed[split], lambda: {"frames": decode(mixed[split])})["frames"]
+    frames = Cache(root, mixed[split]).get(key, lambda: {"frames": decode(mixed[split])})["frames"]
     measured = mixed["train"][:NUM_MEASURED]
 
     def measure() -> Arrays:
         return {"statistics": np.array(count_statistics(frames if split == "train" else decode(measured)))}
 
-    statistics = cached(f"{name}-statistics-{_suffix(binning)}", root, measured, measure)["statistics"]
+    statistics = Cache(root, measured).get(f"{name}-statistics-{_suffix(binning)}", measure)["statistics"]
     mean, std = map(tuple, statistics.tolist())
     labels = np.array([class_names.index(path.parent.name) for path in mixed[split]], np.int64)
     return FrameSet(name, split, frames, labels, class_names, mean, std, Framing(binning.by, sensor))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.wording import shorten
 
-from .cache import Arrays, cached
+from .cache import Arrays, Cache
 from .decoding import SUFFIXES, ImageFile, decode_images
 from .images import ImageSet, channel_statistics, mixed_order
 from .labelled import Split
@@ -46,7 +46,7 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
         files = [ImageFile(path, Path(path).read_bytes) for path in paths]
         return {"images": decode_images(files, text=f"decoding {root.name}")}
 
-    images = cached(f"folder-{root.resolve().name}", root, paths, decode)["images"]
+    images = Cache(root, paths).get(f"folder-{root.resolve().name}", decode)["images"]
     num_train = sum(map(len, train.values()))
     mean, std = channel_statistics(images[:num_train])
     part = slice(num_train) if split == "train" else slice(num_train, None)
