@@ -348,10 +348,10 @@ def _skip_views(chain: list[fx.Node]) -> None:
 
 def _is_overwritten(value: fx.Node) -> bool:
     """Whether an operation in place has the value, or a view or a part of it, as an input."""
-    return any(written(user) or (shares_memory(user) and _is_overwritten(user)) for user in value.users)
+    return any(overwritten(user) or (shares_memory(user) and _is_overwritten(user)) for user in value.users)
 
 
-def written(node: fx.Node) -> list[fx.Node]:
+def overwritten(node: fx.Node) -> list[fx.Node]:
     """What an operation in place writes over; none of any other."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []

@@ -40,10 +40,10 @@ from tetdeploy.folding import (
     is_parameter,
     layer_name,
     module_path,
+    overwritten,
     parameter,
     parameter_names,
     shares_memory,
-    written,
 )
 
 aten = torch.ops.aten
@@ -387,7 +387,7 @@ def _largest_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
     for node in graph.nodes:
         if node.target in CONVOLUTIONS and node.args[0] in largest:
             read[node] = largest[node.args[0]]
-        found, over = _largest_of(node, largest), written(node)
+        found, over = _largest_of(node, largest), overwritten(node)
         shares = node.target in DROPOUT or shares_memory(node)
         memory[node] = memory[over[0] if over else node.args[0]] if shares else node
         lost = {memory[value] for value in over}

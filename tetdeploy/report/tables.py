@@ -53,7 +53,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], columns: Columns, trained_T: i
     columns = with_values(columns, rows)
     table = ResultTable(numbers=("T", *(header for header, _ in columns.values())))
     for row in rows:
-        table.add_row(f"{row['T']}{'*' if row['T'] == trained_T else ' '}", *written(row, columns))
+        table.add_row(f"{row['T']}{'*' if row['T'] == trained_T else ' '}", *cells(row, columns))
     return table
 
 
@@ -62,7 +62,7 @@ def with_values(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> Columns:
     return {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
 
 
-def written(row: Mapping[str, Any], columns: Columns) -> list[str]:
+def cells(row: Mapping[str, Any], columns: Columns) -> list[str]:
     """The cells of a row."""
     return [form(row.get(key)) for key, (_, form) in columns.items()]
 
@@ -81,10 +81,10 @@ def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[st
         row = next(row for row in layer["rows"] if row["T"] == T)
         total = {key: total[key] + row[key] for key in columns}
         table.add_row(
-            layer["name"], input_kind(layer), rate(row["input_rate"]), f"{layer['fan_out']:.4g}", *written(row, columns)
+            layer["name"], input_kind(layer), rate(row["input_rate"]), f"{layer['fan_out']:.4g}", *cells(row, columns)
         )
     table.add_section()
-    table.add_row("all layers", "", "", "", *written(total, columns))
+    table.add_row("all layers", "", "", "", *cells(total, columns))
     return table
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tetdeploy.report.numbers import percent, ppm, rate, scientific, text
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import COSTS, Columns, images_of, rows_table, uncounted_note, with_values, written
+from tetdeploy.report.tables import COSTS, Columns, cells, images_of, rows_table, uncounted_note, with_values
 
 _COSTS = ("accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "latency_ms", "torch_latency_ms")
 _AGREEMENT: Columns = {
@@ -90,7 +90,6 @@ def _neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
     table = ResultTable("", numbers=("firing\nrate", *headers, *margins.values()))
     for layer in neurons:
         fired = layer.get("engine_firing_rate", layer["rows"][-1]["firing_rate"])
-        cells = [rate(fired), *written(layer, columns)]
-        medians = [layer["margin"][name]["median"] for name in margins]
-        table.add_row(layer["name"], *cells, *(text(median, "{:.0e}".format) for median in medians))
+        medians = (text(layer["margin"][name]["median"], "{:.0e}".format) for name in margins)
+        table.add_row(layer["name"], rate(fired), *cells(layer, columns), *medians)
     return table

@@ -9,7 +9,7 @@ from tetdeploy.report.document import NONE, Note, Section, Table
 from tetdeploy.report.merging import AGREEMENT, agrees
 from tetdeploy.report.numbers import energy, percent, ppm, scientific
 from tetdeploy.report.results import Measurement, Results
-from tetdeploy.report.tables import Columns, written
+from tetdeploy.report.tables import Columns, cells
 
 _COLUMNS: Columns = {
     "top1_agreement": ("same class", percent),
@@ -60,7 +60,7 @@ def _images(m: Measurement) -> str:
 
 def _by_steps(m: Measurement) -> Table:
     found = [row for row in m.rows if any(row.get(key) is not None for key in AGREEMENT)]
-    rows = tuple((f"{row['T']}", *written(row, _COLUMNS)) for row in found)
+    rows = tuple((f"{row['T']}", *cells(row, _COLUMNS)) for row in found)
     caption = f"{m.name}: the exported model against PyTorch on {_images(m)}."
     return Table(caption, ("T", *(header for header, _ in _COLUMNS.values())), rows).without_empty_columns()
 
