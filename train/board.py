@@ -7,8 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tetdeploy.extras import import_extra
+from tetdeploy.files import is_utf8
+
 FOLDER = "tensorboard"
 Board = Callable[[dict[str, Any]], None]  # takes a line of metrics.jsonl
+
+
+def check_board(out: Path) -> None:
+    """Refuse what `tensorboard` cannot do.
+
+    Raises:
+        OSError: `out` is no path that TensorBoard takes.
+        MissingExtraError: the package tensorboard is not installed.
+    """
+    if not is_utf8(out):
+        raise OSError(
+            f"cannot write {out}: TensorBoard takes no path that is not UTF-8; choose another --out, or leave out "
+            "--tensorboard"
+        )
+    import_extra("tensorboard", "tensorboard")
 
 
 @contextmanager
@@ -18,8 +36,6 @@ def tensorboard(out: Path, *, epochs_done: int) -> Iterator[Board]:
     Args:
         out: run folder.
         epochs_done: where a resumed run goes on; what an earlier session wrote of later epochs is hidden.
-
-    The package tensorboard must be installed.
     """
     from torch.utils.tensorboard import SummaryWriter
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from tetdeploy.arguments import check_flag, check_type
 from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.data import LabelledSet
-from tetdeploy.extras import import_extra
-from tetdeploy.files import is_utf8, lacks_temporary_folder
+from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.memory import reused_memory
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_network, warn_of_other_code
@@ -34,7 +33,7 @@ from tetdeploy.signals import deferred_interrupt
 from tetdeploy.wording import shorten
 
 from .averaging import kept_classifier, lagging_bn, update_average
-from .board import tensorboard
+from .board import check_board, tensorboard
 from .config import How, TrainConfig
 from .device import autocast, tuned_convolutions
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
@@ -168,12 +167,7 @@ def train(
         with ranks.first():
             _check(task, how)
             if board:
-                if not is_utf8(out):
-                    raise OSError(
-                        f"cannot write {out}: TensorBoard takes no path that is not UTF-8; choose another --out, or "
-                        "leave out --tensorboard"
-                    )
-                import_extra("tensorboard", "tensorboard")
+                check_board(out)
             settings = run_settings(classifier, train_set, val_set, config)
             if ranks.writes:
                 check_run(out, settings, resume=resume)
