@@ -97,6 +97,15 @@ def check_on_noise(classifier: Classifier, encoding: Encoding) -> int:
     return check_steps(classifier, torch.from_numpy(pixels).to(classifier.mean.device), encoding)
 
 
+def check_reached(num_layers: int, num_reached: int) -> None:
+    """Refuse, with ValueError, a network of which not all `num_layers` that run are in the graph."""
+    if num_reached != num_layers:
+        raise ValueError(
+            f"the network runs {num_layers} neuron layers, but only {num_reached} of them reach its logits; take out "
+            "those whose spikes are not used"
+        )
+
+
 @torch.no_grad()
 def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int = 4) -> int:
     """Refuse a network in which more than neurons carries something from one step to the next, or which mixes the

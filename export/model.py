@@ -29,7 +29,7 @@ from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
 from tetdeploy.wording import first_line
 
-from .causality import check_steps, float_types
+from .causality import check_reached, check_steps, float_types
 from .config import GPU_TARGETS, ExportConfig
 from .description import describe, describe_check, serialised
 from .encoder import find_encoder, is_one_layer, split_encoder
@@ -119,11 +119,7 @@ def export_model(
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
     graph, expected, scales = build_graph(classifier, config, calibration=calibration, source=source, progress=progress)
     num_neurons = len(graph.description["neurons"])
-    if num_neurons != num_layers:
-        raise ValueError(
-            f"the network runs {num_layers} neuron layers, but only {num_neurons} of them reach its logits; "
-            "take out those whose spikes are not used"
-        )
+    check_reached(num_layers, num_neurons)
     describe_check(graph.model, graph.description, checked=num_check > 0)
     parity = from_state = kept = None
     answers = Answers()

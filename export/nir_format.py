@@ -49,7 +49,7 @@ from tetdeploy.provenance import written
 from tetdeploy.tracing import quiet
 from tetdeploy.wording import first_line
 
-from .causality import check_on_noise
+from .causality import check_on_noise, check_reached
 
 aten = torch.ops.aten
 DT = 1e-4  # seconds a step: what snnTorch and SpikingJelly assume of a NIR graph, which does not say
@@ -118,11 +118,7 @@ def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple
         num_folded, folded = count_batchnorm(program.graph), fold_batchnorm(program)
     writer = _Writer(folded, nir)
     graph = writer.write()
-    if writer.num_layers != num_layers:
-        raise ValueError(
-            f"the network runs {num_layers} layers of tetdeploy's neurons, of which {writer.num_layers} reach its "
-            "logits; all must"
-        )
+    check_reached(num_layers, writer.num_layers)
     return graph, num_folded
 
 

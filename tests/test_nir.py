@@ -21,6 +21,7 @@ from run_helpers import small_files
 from torch import Tensor, nn
 
 from tetdeploy.cli import main
+from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.export.margins import margins
 from tetdeploy.export.nir_format import DT, export_nir, nir_graph
 from tetdeploy.export.recorder import NeuronRecorder, compare_torch
@@ -611,14 +612,16 @@ def test_batch_normalisation_that_cannot_be_folded() -> None:
         nir_graph(calibrated(Everything(nn.BatchNorm2d(4))))
 
 
-def test_neurons_that_nothing_reads() -> None:
+def test_neurons_that_nothing_reads(tmp_path: Path) -> None:
     class Idle(Everything):
         def forward(self, x: Tensor, T: int | None = None) -> Tensor:
             self.lif3(self.encode(x, T))
             return super().forward(x, T)
 
-    with pytest.raises(ValueError, match="runs 4 layers of tetdeploy's neurons, of which 3 reach its logits"):
-        nir_graph(calibrated(Idle()))
+    idle = calibrated(Idle())
+    for export in (nir_graph, lambda net: export_model(net, tmp_path / "m.onnx", ExportConfig(), images())):
+        with pytest.raises(ValueError, match="runs 4 neuron layers, but only 3 of them reach its logits; take out"):
+            export(idle)
 
 
 def test_layers_that_know_time() -> None:
