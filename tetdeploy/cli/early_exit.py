@@ -17,6 +17,7 @@ from tetdeploy.cli.options import (
     opens_model,
     output_path,
     result_option,
+    test_data_option,
 )
 from tetdeploy.cli.terminal import command_line, console, image_bar, say_next
 from tetdeploy.files import write_json
@@ -35,10 +36,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """,
 )
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: that of the calibration]")
-@click.option(
-    "--data",
-    help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
-)
+@test_data_option
 @data_dir_option
 @limit_option
 @click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1, help="Images that start together.")

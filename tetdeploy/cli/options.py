@@ -173,6 +173,10 @@ def check_distinct(outputs: Mapping[str, Path | None]) -> None:
             raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with {options}")
 
 
+test_data_option = click.option(
+    "--data",
+    help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
+)
 limit_option = click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
 own_network_option = click.option("--model", help="package.module:function, if the network is your own.")
 torch_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")

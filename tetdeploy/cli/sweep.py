@@ -22,6 +22,7 @@ from tetdeploy.cli.options import (
     output_path,
     parsed_steps,
     result_option,
+    test_data_option,
 )
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import MissingExtraError, import_extra
@@ -50,10 +51,7 @@ Examples:
     callback=parsed_steps,
     help="Steps: 6, 1:6 or 1,2,4. [default: 1 to the T of the graph; 1:8 where it is free]",
 )
-@click.option(
-    "--data",
-    help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
-)
+@test_data_option
 @data_dir_option
 @limit_option
 @click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1)
