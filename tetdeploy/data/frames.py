@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tetdeploy.names import is_npz
 
 from .events import Framing
-from .images import channels_last, image_set, read_arrays, usable_labels, usable_names
+from .images import image_set, read_arrays, refuse_channels_last, usable_labels, usable_names
 from .labelled import Encoding, LabelledSet, Split
 
 NUM_MEASURED = 1000  # recordings that decide a set's std; the order is mixed, so that they are a fair sample
@@ -116,11 +116,7 @@ def _checked(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDAr
     got, wanted = f"{path}: images are {frames.dtype} {list(frames.shape)}", "frames, uint8 or float32 [N, T, C, H, W]"
     if frames.ndim != 5 or frames.dtype not in (np.uint8, np.float32) or 0 in frames.shape:
         raise ValueError(f"{got}; wanted {wanted}")
-    if channels_last(frames.shape):
-        raise ValueError(
-            f"{got}, with the channels last; wanted {wanted}: use images.transpose(0, 1, 4, 2, 3), or "
-            "if they really are so narrow, swap H and W"
-        )
+    refuse_channels_last(frames.shape, got, wanted)
     labels = usable_labels(path, arrays["labels"])
     if len(labels) != len(frames):
         raise ValueError(f"{path}: {len(frames)} sequences and {len(labels)} labels; every sequence needs one")

@@ -179,20 +179,23 @@ def _usable_images(path: Path | str, images: NDArray[Any]) -> NDArray[np.uint8]:
         raise ValueError(f"{got}; wanted {_LAYOUTS}: scale to 0..255 and cast to uint8")
     if images.ndim not in (3, 4):
         raise ValueError(f"{got}; wanted {_LAYOUTS}")
-    if images.ndim == 4 and channels_last(images.shape):
-        raise ValueError(
-            f"{got}, with the channels last; wanted {_LAYOUTS}: use images.transpose(0, 3, 1, 2), or "
-            "if they really are so narrow, swap H and W"
-        )
+    if images.ndim == 4:
+        refuse_channels_last(images.shape, got, _LAYOUTS)
     if 0 in images.shape:
         raise ValueError(f"{got}, which holds no pixel; wanted {_LAYOUTS} with one image or more")
     return np.ascontiguousarray(images if images.ndim == 4 else images[:, None])
 
 
-def channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether the last three axes are H, W, C rather than C, H, W: 1 to 4 at the end, as few as channels are, and more
-    of both others, where images of that width would be narrow and have more than 4 channels."""
-    return 1 <= shape[-1] <= 4 < min(shape[-3:-1])
+def refuse_channels_last(shape: tuple[int, ...], got: str, wanted: str) -> None:
+    """Raise ValueError where the last three axes are H, W, C rather than C, H, W: 1 to 4 at the end, as few as channels
+    are, and more of both others, where images of that width would be narrow and have more than 4 channels."""
+    if 1 <= shape[-1] <= 4 < min(shape[-3:-1]):
+        *others, height, width, channels = range(len(shape))
+        axes = ", ".join(map(str, (*others, channels, height, width)))
+        raise ValueError(
+            f"{got}, with the channels last; wanted {wanted}: use images.transpose({axes}), or if they really are so "
+            "narrow, swap H and W"
+        )
 
 
 def usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
