@@ -10,9 +10,9 @@
 - `operations`: what is counted, for which `binary_values` and `step_order` look at the values (`values`: their makers
   and constants); `counters`: outputs that count.
 - `description`: what a graph says of itself; `reading`: an exported graph, read back.
-- `gate`: what an export is compared on before it is kept; `parity`, `sidebyside`, `comparison`: PyTorch and the engine;
-  `recorder`, `margins`: spikes and membranes for that; `audit`: operation counts; `kept_answers`: what lower precision
-  keeps.
+- `gate`: what an export is compared on before it is kept; `parity`: how, and its limits; `sidebyside`: the same on a
+  test set, for `tetdeploy validate --against`; `comparison`: the sums of both; `recorder`, `margins`: spikes and
+  membranes for them; `audit`: operation counts; `kept_answers`: what lower precision keeps.
 - Other forms: `nir_format`; `tensorrt`, `tensorrt_graph`; `repository`, `sequence_graph` for Triton; `kserve`.
 """
 

@@ -1,4 +1,4 @@
-"""PyTorch and the engine side by side.
+"""Whether an export computes what PyTorch computes, on the images of its check.
 
 Spikes are discontinuous: one unit in the last place of a current flips a spike whose h is near v_th. Parity is
 therefore a rate, the neuron-steps that differ over all neuron-steps, with the top-1 agreement and the logit error.
