@@ -15,6 +15,7 @@ smoke run shows that the path works; its numbers say nothing about the paper.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import statistics
@@ -221,9 +222,8 @@ def tetdeploy(*arguments: object) -> None:
 
 
 def folder_of(entry: Entry, at: Place) -> Path:
-    """Its name has nothing that a shell reads otherwise; one that an earlier version began keeps its apostrophe."""
-    name = entry.name.replace(" ", "-").replace(",", "").replace("=", "")
-    return at.runs / (name if (at.runs / name).exists() else name.replace("'", ""))
+    """Its name has nothing that a shell reads otherwise."""
+    return at.runs / re.sub("[,=']", "", entry.name.replace(" ", "-"))
 
 
 def trained(entry: Entry, at: Place) -> list[Path]:
@@ -246,8 +246,6 @@ def trained(entry: Entry, at: Place) -> list[Path]:
     where = ("--data-dir", at.data_dir, "--runs", at.runs, "--resume" if begun else "--out", folder)
     options = (option.format(runs=at.runs) for option in entry.chosen(at.scale))
     tetdeploy("train", "--config", RECIPES / f"{entry.recipe}.toml", *options, *where)
-    if not recipe.exists():  # of a run begun by an earlier version
-        write_json(recipe, now)
     return seed_runs(folder) or [folder]
 
 

@@ -930,12 +930,6 @@ def test_a_model_of_recordings_says_how_they_were_framed_and_predict_frames_alik
         with pytest.warns(RuntimeWarning, match="was trained on frames of equal time"):
             assert run(*command, "--data", f"events:{root}").exit_code == 0
 
-    config = json.loads(Path("run/config.json").read_text())
-    del config["data"]["framing"]  # as a run of an earlier version
-    Path("run/config.json").write_text(json.dumps(config))
-    resumed = run("train", "--resume", "run")
-    assert "data.framing" not in resumed.output and resumed.exit_code == 0, resumed.output
-
 
 def test_predict_refuses_recordings_where_the_model_does_not_say_how_they_were_framed() -> None:
     frames = load_data("saccades:digits", "train", data_dir=NOWHERE, T=3)

@@ -236,7 +236,7 @@ class TestSections:
     def test_gates(self, tmp_path: Path) -> None:
         gates = [
             {"key": "accuracy", "wanted": 0.95, "T": 2, "got": 0.92, "passed": False},
-            {"key": "energy", "wanted": 3e6, "T": 2, "got": 2.72e6, "passed": True},
+            {"key": "energy", "at_most": True, "unit": "pJ", "wanted": 3e6, "T": 2, "got": 2.72e6, "passed": True},
             {"key": "rest", "at_most": True, "unit": "pJ", "wanted": 5.0, "T": 2, "got": None, "passed": False},
             {"key": "flips", "at_most": True, "unit": "fraction", "wanted": 0.1, "T": 2, "got": 0.05, "passed": True},
         ]

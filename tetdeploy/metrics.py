@@ -15,7 +15,7 @@ from tetdeploy.run_folder import METRICS_NAME
 _EPOCH = {
     "epoch!": STEP,
     "loss": str,
-    "lr": LOOSE_NUMBER,  # null for what is NaN, which earlier versions wrote
+    "lr": LOOSE_NUMBER,
     "seconds": LOOSE_NUMBER,
     "train_loss": LOOSE_NUMBER,
     "train_accuracy": LOOSE_NUMBER,

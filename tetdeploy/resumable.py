@@ -99,7 +99,7 @@ class Pass:
         """The inverse of `arrays`, for the same model, images and T.
 
         Raises:
-            ValueError: there is less, as in what an earlier version wrote.
+            ValueError: there is less.
         """
         try:
             for name, part in self._parts().items():

@@ -54,10 +54,8 @@ def latest_run(runs: Path) -> Path:
             fault = "is a folder without a run" if latest.is_dir() else "is missing"
             raise FileNotFoundError(f"{latest} {fault}; name a run folder, such as {run.parent}")
         raise FileNotFoundError(f"no run in {runs}: train one first (tetdeploy train), or name a run folder")
-    # Where `runs` is a link, `..` goes up from where it points; in a link of an earlier version, from its name.
-    up = ".." in target.parts and runs.absolute() != Path(os.path.realpath(runs))
-    found = [Path(os.path.normpath(folder / target)) for folder in ([os.path.realpath(runs)] * up + [runs])]
-    run = next(filter(Path.is_dir, found), found[0])
+    up = ".." in target.parts and runs.absolute() != Path(os.path.realpath(runs))  # from where a link points
+    run = Path(os.path.normpath((os.path.realpath(runs) if up else runs) / target))
     if not target.name or not run.is_dir():
         fault = f"points at {run}, which is gone" if target.name else "is empty"
         raise FileNotFoundError(f"{latest} {fault}; name another run folder{_such(_newest_trained(runs))}")

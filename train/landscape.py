@@ -300,8 +300,7 @@ def _begin(path: Path, names: tuple[str, ...], settings: dict[str, Any], axis: N
     """The measurement that `path` holds, or a new one."""
     if path.exists():
         landscape = load_landscape(path)
-        # one of an earlier version does not say which networks
-        if different := differences({"networks": settings["networks"], **landscape.settings}, settings):
+        if different := differences(landscape.settings, settings):
             raise ValueError(
                 f"{path} was measured with other settings: {'; '.join(different)}; "
                 "give another --out, or remove it to measure anew"

@@ -350,14 +350,11 @@ def _seen_from(runs: Path, out: Path) -> Path:
 def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`differences` of a run's settings, or, where there are none, of the images and the teacher themselves.
 
-    The teacher may lie elsewhere. Runs of earlier versions have no fingerprint of either, and do not say how recordings
-    became frames, which is no difference.
+    The teacher may lie elsewhere. What has no fingerprint is no other.
     """
     data, training = ([dict(settings.get(name, {})) for settings in (old, new)] for name in ("data", "training"))
     if all(part.get("distill") for part in training):
         training = [part | {"distill": ""} for part in training]
-    if not all(part.get("framing") for part in data):
-        data = [{name: value for name, value in part.items() if name != "framing"} for part in data]
     images = [part.pop("fingerprint", None) for part in data]
     teachers = [part.pop("distill_sha256", None) for part in training]
     found = differences(*({**s, "data": d, "training": t} for s, d, t in zip((old, new), data, training, strict=True)))

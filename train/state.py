@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tetdeploy.checkpoint import check_keys
 from tetdeploy.form import COUNT, LOOSE_NUMBER, NUMBER, STEP, check_form
 from tetdeploy.names import section
-from tetdeploy.run_folder import SHARDS_NAME, newest_shards
 from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 
 from .optimizer import load_optimizer_tensors, optimizer_tensors, trainable
@@ -25,7 +24,6 @@ _POSITION = {
     "precision!": str,
     "scaler!": {},
 }
-_WITHOUT_PRECISION = {key.removesuffix("!") for key in _POSITION} - {"precision"}  # as earlier versions wrote it
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def is_finished(path: Path, epochs: int) -> bool:
     """Whether `save_state` wrote this file after so many epochs; False where there is none.
 
     Raises:
-        ValueError: the file is damaged, no state of a run, or of an earlier version.
+        ValueError: the file is damaged, or no state of a run.
     """
     return path.is_file() and bool(_read_position(path)["epoch"] >= epochs)
 
@@ -127,7 +125,7 @@ def restore_state(
     """Bring network, optimizer and scaler back to where `save_state` found them, in place; return the rest.
 
     Raises:
-        ValueError: the file is damaged, no state of a run, or one of another network or of an earlier version.
+        ValueError: the file is damaged, no state of a run, or one of another network.
     """
     position, tensors = _read_position(path), read_tensors(path)
     weights, average = section(tensors, "network."), section(tensors, "average.")
@@ -153,18 +151,11 @@ def _read_position(path: Path) -> dict[str, Any]:
     """Where the run stood, and the optimizer's scaler.
 
     Raises:
-        ValueError: the file is damaged, no state of a run, or of an earlier version.
+        ValueError: the file is damaged, or no state of a run.
     """
     position = read_content(path).get("resume")
     if position is None:
         raise ValueError(f"{path} is a checkpoint, not the state of a run; it cannot be resumed, only used with --init")
-    if isinstance(position, dict) and position.keys() == _WITHOUT_PRECISION:
-        run, shards = path.parent, path.parent / SHARDS_NAME
-        onward = f"go on from its last weights with --restart-from {shards}, or " if newest_shards(shards) else ""
-        raise ValueError(
-            f"{path} was written by an earlier version of tetdeploy, and this one cannot resume it; "
-            f"{onward}start a new run from its best weights with --init {run}"
-        )
     try:
         check_form(position, _POSITION)
     except ValueError as error:

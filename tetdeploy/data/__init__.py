@@ -160,7 +160,7 @@ def holds_out_others(name: str, val: LabelledSet, known: Mapping[str, Any]) -> b
     Args:
         name: the data set that `val` is the validation part of, by the run's own fraction.
         known: the run's settings of the data. False where they do not tell: of another data set, of recordings that
-            are cut by another rule, or without a fingerprint, as in files of earlier versions.
+            are cut by another rule, or without a fingerprint.
     """
     wanted, own = known.get("fingerprint"), str(known.get("name", ""))
     comparable = same_data(name, own) and name.startswith(_BY_TIME) == own.startswith(_BY_TIME)

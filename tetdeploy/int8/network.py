@@ -64,7 +64,7 @@ class _LayerComparison(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self._layers:
-            node, (name, _) = self._layers[n]
+            node, name = self._layers[n]
             self._compare(name, node, result, *self.fetch_args_kwargs_from_env(n)[0])
         return result
 

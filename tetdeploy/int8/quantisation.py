@@ -209,43 +209,30 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
         trainable: weights are quantised at each call, with gradients (`fake_quantised_conv`), not once and for all.
 
     Returns:
-        Which of the scales each of them has, by name, in the order in which they run.
+        Their names, in the order in which they run.
 
     Raises:
         Int8Error: one of them has sums too large for exact arithmetic.
     """
     check_flag("trainable", trainable)
     chosen = convolutions_with_scales(graph_module, scales)
-    for node, (name, key) in chosen.items():
+    for node, name in chosen.items():
         _check_sums(name, node)
         replacement = _fake_quantised if trainable else _quantised_once
         with graph_module.graph.inserting_before(node):
-            new = replacement(graph_module, node, scales[key])
+            new = replacement(graph_module, node, scales[name])
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    return [key for _, key in chosen.values()]
+    return list(chosen.values())
 
 
-def convolutions_with_scales(graph_module: fx.GraphModule, scales: Scales) -> dict[fx.Node, tuple[str, str]]:
-    """The convolutions that compute in 8 bits, in the order in which they run: their name and that of their scale."""
-    convolutions = spiking_convolutions(graph_module)
-    names = set(convolutions.values())
-    found = {node: (name, _scale_of(name, scales, names)) for node, name in convolutions.items()}
-    return {node: (name, key) for node, (name, key) in found.items() if key is not None}
-
-
-def _scale_of(name: str, scales: Scales, names: set[str]) -> str | None:
-    """Which of the scales a convolution has, if any.
-
-    Checkpoints of earlier versions may have a scale for each call of a module: `conv`, `conv#2`. Of these all calls
-    take the widest: that of the first step, when neurons have hardly charged, would clip the others.
-    """
-    calls = [key for key in scales if key == name or (key not in names and key.partition("#")[0] == name)]
-    return max(calls, key=lambda key: scales[key].scale, default=None)
+def convolutions_with_scales(graph_module: fx.GraphModule, scales: Scales) -> dict[fx.Node, str]:
+    """The convolutions that compute in 8 bits, in the order in which they run, with names."""
+    return {node: name for node, name in spiking_convolutions(graph_module).items() if name in scales}
 
 
 def spiking_convolutions(graph_module: fx.GraphModule) -> dict[fx.Node, str]:

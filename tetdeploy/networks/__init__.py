@@ -228,9 +228,7 @@ def _source_sha256(module: ModuleType) -> str | None:
 
 def warn_of_other_code(config: NetworkConfig, before: str | None, trained: Path) -> None:
     """Warn if the `code_sha256` of the user's own network is not what it was `before`, when `trained` was trained.
-
-    None, as in files of earlier versions, is no difference.
-    """
+    None is no difference."""
     now = code_sha256(config)
     if None not in (before, now) and now != before:
         file = sys.modules[config.model.partition(":")[0]].__file__

@@ -55,7 +55,7 @@ def _heading(agreement: Mapping[str, Any]) -> str:
 
 
 def _seen_by_both(result: Mapping[str, Any]) -> str:
-    """On which images the layers stand beside PyTorch's; files of earlier versions have the engine's rate on all."""
+    """On which images the layers stand beside PyTorch's, if they do."""
     if not any("engine_firing_rate" in layer for layer in result["neurons"]):
         return ""
     return f", on the {result['agreement']['num_images']:,} images that PyTorch saw too"

@@ -42,9 +42,8 @@ def gates(results: Results) -> Section | None:
 
 
 def _gate(name: str, gate: Mapping[str, Any]) -> tuple[str, ...]:
-    is_energy = gate["key"] == "energy"  # alone in files of earlier versions, which do not say the rest
-    form = energy if gate.get("unit", "pJ" if is_energy else "") == "pJ" else percent
-    bound = "at most" if gate.get("at_most", is_energy) else "at least"
+    form = energy if gate.get("unit") == "pJ" else percent
+    bound = "at most" if gate.get("at_most") else "at least"
     held = "yes" if gate["passed"] else "NO"
     return name, str(gate["key"]), str(gate["T"]), f"{bound} {form(gate['wanted'])}", form(gate.get("got")), held
 
