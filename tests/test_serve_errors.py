@@ -39,10 +39,3 @@ def test_an_error_has_the_codes_that_are_documented(kind: type[Exception], said:
     [row] = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line[:1] == "|" and said in line]
     http, rpc, message = status_of(kind("why"))
     assert row.endswith(f"| {http} | {rpc.name} |") and message == "why"
-
-
-def test_why_a_call_failed_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    error = CallFailedError("the model failed")
-    error.__cause__ = MemoryError("40 GiB")
-    status_of(error)
-    assert caplog.messages == ["the model failed"] and "MemoryError: 40 GiB" in caplog.text

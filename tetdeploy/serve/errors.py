@@ -41,8 +41,6 @@ def status_of(error: Exception) -> tuple[int, grpc.StatusCode, str]:
     """HTTP status, gRPC status and message for an error."""
     for kind, (http, rpc) in STATUS.items():
         if isinstance(error, kind):
-            if http == 500:
-                logger.error("%s", error, exc_info=error.__cause__)
             return http, rpc, _shortened(str(error))
     logger.error("a bug of the server", exc_info=error)
     return 500, grpc.StatusCode.INTERNAL, "internal error"

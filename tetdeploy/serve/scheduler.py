@@ -8,6 +8,7 @@ are served in rotation, so that none starves behind a busier one. Beyond `queue`
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
+logger = logging.getLogger(__name__)
 GRACE_SECONDS = 30.0  # that requests may take to finish once a server is told to stop
 
 P = TypeVar("P")
@@ -31,7 +33,7 @@ class StoppingError(ValueError):
 
 
 class CallFailedError(RuntimeError):
-    """A call of the worker raised; its requests have no answer. The cause is chained."""
+    """A call of the worker raised; its requests have no answer. Why is logged."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,10 @@ class Scheduler(Generic[P, R]):
         self._start()
         answers = [request.answer for request in requests]
         # Without a name: in a cycle with the traceback of its error it would keep this frame, and the payloads.
-        return await (asyncio.gather(*answers) if order is None else asyncio.shield(asyncio.gather(*answers)))
+        if order is None:
+            return await asyncio.gather(*answers)
+        await asyncio.shield(asyncio.gather(*answers, return_exceptions=True))  # an error may have nobody to be told
+        return [answer.result() for answer in answers]
 
     def _left(self, key: Hashable, request: Request[P, R], answer: asyncio.Future[R]) -> None:
         """A request has its answer, or its client has left and it takes no room in the queue any more."""
@@ -264,7 +269,7 @@ class Scheduler(Generic[P, R]):
             outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, key, payloads)
         except Exception as error:
             outcome = CallFailedError(f"the model failed: {error}")
-            outcome.__cause__ = error
+            logger.error("%s", outcome, exc_info=error)  # here, as all its clients may have left
         self._call = None
         self._start()
         if isinstance(outcome, CallFailedError):
