@@ -524,7 +524,9 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0).output  # no number would do
     done = run("calibrate", model, "--T", 3, "--point-estimate")
     assert done.exit_code == 0 and not json.loads(exit_path(model).read_text())["confident"]
-    assert "one image is 0.7 points here" in done.output
+    assert "one image is 0.699 points here" in done.output
+    done = run("calibrate", model, "--T", 3, "--point-estimate", "--limit", 1)
+    assert "one image is 100 points here" in done.output
     done = run("early-exit", model, "--data", "digits", "--limit", 20)
     assert "The threshold is a point estimate" in " ".join(done.output.split()), done.output
     document = document_of(read_results([model.with_suffix(".early-exit.json")]))
@@ -678,6 +680,9 @@ def test_the_same_set_by_another_name_is_known(model: Path, tmp_path: Path, monk
     held_out = split_validation(images, fraction=0.1)[1]
     assert (content["data"], content["num_samples"]) == ("d.npz (held out)", len(held_out))
     exit_path(model).unlink()
+    (tmp_path / "d.npz").unlink()
+    done = run("calibrate", model, "--T", 1)
+    assert f"{tmp_path / 'd.npz'}, which is not there; put it there again, or name other data" in done.output
     source = {"data": {"name": "d.npz", "fingerprint": held_out.fingerprint}, "training": {"val_fraction": 0.1}}
     describe(model, source=source)
     save_npz(images.select(slice(None, None, -1)), tmp_path / "d.npz")

@@ -327,6 +327,18 @@ def test_the_file_that_was_trained_on_is_named(runs: Path) -> None:
     assert "trained_on" not in json.loads(Path("e.json").read_text())["runs"][0]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "landscape", "export", "train --init", "train --resume"])
+def test_where_data_should_be_that_are_not_there_is_said(command: str, runs: Path) -> None:
+    folder, classifier = runs / "gone", ann()
+    classifier.data = "folder:gone"
+    save_checkpoint(folder / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
+    (folder / "config.json").write_text(json.dumps({"data": {"name": "folder:gone"}}))
+    done = CliRunner().invoke(main, [*command.split(), "runs/gone"])
+    assert done.exit_code == 1 and "Error: runs/gone" in done.output
+    said = "was trained on folder:gone, a path relative to where the training was started, and it is not here; run this"
+    assert f"{said} there" in done.output and ("other data with --data" in done.output) == ("resume" not in command)
+
+
 @pytest.fixture
 def reordered(runs: Path) -> Path:
     """A run on own.npz, whose images are in another order now."""

@@ -250,10 +250,14 @@ def trained_on(metadata: Mapping[str, Any], path: Path | str) -> str:
 
     Raises:
         ValueError: it does not say, as one imported from elsewhere.
+        FileNotFoundError: they are not where they were.
     """
+    from tetdeploy.data import check_recorded
+
     name = str(metadata["data"]["name"])
     if not name:
         raise ValueError(f"{path} does not say what data it was trained on; name some with --data")
+    check_recorded(name, path)
     return name
 
 

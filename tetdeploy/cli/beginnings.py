@@ -90,7 +90,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
         out = without_latest(Path(resume)) if resume else out or _latest(ctx.params["runs"], several=bool(seeds))
         settings = read_run_config(out)
         _check_named(ctx, out, settings.get("network", {}))
-        seeds = _take_settings(ctx, settings, options) or seeds
+        seeds = _take_settings(ctx, out, settings, options) or seeds
         before, data = settings.get("how", {}), settings.get("data", {})
     elif restart_from is not None:
         restart = _take_carried(ctx, restart_from, options)
@@ -128,7 +128,7 @@ def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) ->
     settings = restart.settings
     _check_named(ctx, weights, settings["network"])
     here = {name: value for name, value in settings["training"].items() if name != "device"}
-    _take_settings(ctx, settings | {"training": here}, options)
+    _take_settings(ctx, weights, settings | {"training": here}, options)
     return restart
 
 
@@ -138,13 +138,22 @@ def _check_named(ctx: click.Context, begun_from: Path, network: Mapping[str, Any
         raise ValueError(f"{begun_from} holds a network of your own: pass --model {network['model']}")
 
 
-def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> tuple[int, ...]:
+def _take_settings(
+    ctx: click.Context, run: Path, settings: Mapping[str, Any], options: dict[str, Any]
+) -> tuple[int, ...]:
     """Give options that were neither typed nor in a recipe the settings of a run.
 
     Returns:
         Its seeds, if it has several and none are given.
+
+    Raises:
+        FileNotFoundError: its data are not where they were.
     """
+    from tetdeploy.data import check_recorded
+
     data = {"data": settings.get("data", {}).get("name", options["data"])}
+    if not is_given(ctx, "data"):
+        check_recorded(data["data"], run, other="")
     for name, value in {**settings.get("network", {}), **settings.get("training", {}), **data}.items():
         if name in options and not is_given(ctx, name):
             options[name] = value
@@ -203,8 +212,15 @@ def _take_network(ctx: click.Context, init: Path, network: Mapping[str, Any], op
 
 
 def _take_data(ctx: click.Context, weights: Path, data: Mapping[str, Any], options: dict[str, Any]) -> None:
-    """Where no data are named, those that the weights were trained on, if they say so."""
+    """Where no data are named, those that the weights were trained on, if they say so.
+
+    Raises:
+        FileNotFoundError: they are not where they were.
+    """
+    from tetdeploy.data import check_recorded
+
     if data["name"] and data["name"] != options["data"] and not is_given(ctx, "data"):
+        check_recorded(data["name"], weights)
         options["data"] = data["name"]
         console.print(f"data {data['name']}, as in {weights}", style="yellow")
 

@@ -137,10 +137,13 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
 
 def _data_name(engine: Engine, data: str | None) -> str:
     """What --data names, or else what the model was trained on."""
+    from tetdeploy.data import check_recorded
+
     if data is not None:
         return data
     if not (own := own_data(engine)):
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
+    check_recorded(own, engine.path)
     return own
 
 

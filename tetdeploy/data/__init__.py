@@ -37,6 +37,7 @@ __all__ = [
     "LabelledSet",
     "Recording",
     "Split",
+    "check_recorded",
     "holds_out_others",
     "is_imagenet",
     "is_known",
@@ -169,9 +170,29 @@ def holds_out_others(name: str, val: LabelledSet, known: Mapping[str, Any]) -> b
 
 def remedy_of_others(name: str) -> str:
     """What to do about images that are not those of the training, by the name of the data set."""
-    if is_npz(name) or name.removeprefix(_BY_TIME).startswith(("folder:", "events:", "imagenet:")):
+    if _is_path(name):
         return "take the file or folder as it was then"
     return "name the folder it was trained from (CIFAR's zips have another order than torchvision's files), --data-dir"
+
+
+def check_recorded(name: str, source: Path | str, *, other: str = ", or name other data with --data") -> None:
+    """Refuse data that `source`, a run or a model, was trained on and names by a path where nothing is.
+
+    Args:
+        other: than to have it there, what may be done.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    _, path = _parts(name)
+    if not _is_path(name) or path.exists():
+        return
+    if path.is_absolute():
+        raise FileNotFoundError(f"{source} was trained on {name}, which is not there; put it there again{other}")
+    raise FileNotFoundError(
+        f"{source} was trained on {name}, a path relative to where the training was started, and it is not here; "
+        f"run this there{other}"
+    )
 
 
 def same_data(name: str, other: str) -> bool:
@@ -186,9 +207,21 @@ def is_own_file(name: str, own: str) -> bool:
 
 
 def _place(name: str) -> tuple[str, str]:
+    kind, path = _parts(name)
+    return kind, os.path.realpath(path)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a set lies where its name says, whatever --data-dir is."""
+    kind, _ = _parts(name)
+    return is_npz(name) or kind.rpartition(":")[2] in ("folder", "events", "imagenet")
+
+
+def _parts(name: str) -> tuple[str, Path]:
+    """What kind of set it is, and what follows: a path, or the name of a set."""
     plain = name.removeprefix(_BY_TIME)
     kind, _, path = (re.sub(r"@\d+$", "", plain) if plain.startswith("imagenet") else plain).rpartition(":")
-    return kind, os.path.realpath(Path(path).expanduser())
+    return kind, Path(path).expanduser()
 
 
 def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
