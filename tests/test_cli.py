@@ -1503,7 +1503,11 @@ def test_a_current_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch: pyt
 def test_a_bar_says_how_many_are_done_in_a_second() -> None:
     column = progress_bar("images").columns[-1]
     assert isinstance(column, ProgressColumn)
-    assert [str(column.render(Mock(speed=speed))) for speed in (9.3, None)] == ["9.3 images/s", ""]
+    assert [str(column.render(Mock(speed=speed))) for speed in (9.3, 1797.0, None)] == [
+        "9.3 images/s",
+        "1,797 images/s",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("module", ["tetdeploy.machine", "rich.console"])

@@ -28,6 +28,7 @@ from tetdeploy.report.page import document_of
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.training import _duration, _kept
+from tetdeploy.report.tables import layers_table
 
 CURVES = ("Accuracy by time steps and energy", "Pareto front", "Cost by time steps")
 
@@ -106,6 +107,16 @@ OTHER_OPS = {"other_ops": {"neuron_ops": 4096}, "other_ops_pj": {"neuron_ops": 2
 def test_a_section_says(title: str, changes: dict[str, Any], wanted: list[Any], tmp_path: Path) -> None:
     found = said(shown(tmp_path, **changes), title)
     assert [one for one in wanted if one not in found] == [], found
+
+
+def test_large_numbers_are_no_powers_of_ten(tmp_path: Path) -> None:
+    rows, layers = result()["rows"], result()["layers"]
+    rows[1]["latency_ms"], layers[1]["fan_out"] = 1234.0, 18432.0
+    for layer in layers:
+        layer["rows"][1]["input_rate"] = 0.5
+    latency = "latency (ms per image) against time steps. a at T=2: 1,234"
+    assert latency in said(shown(tmp_path, rows=rows), "Cost by time steps")
+    assert list(layers_table(result(layers=layers), 2).columns[3].cells) == ["288", "18,432", ""]
 
 
 @pytest.mark.parametrize("trained_T", [None, 7])

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from tetdeploy.report.numbers import three_digits
 from tetdeploy.standard_output import StandardOutput, VisibleConsole
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
@@ -61,7 +62,7 @@ class _Rate(ProgressColumn):
         self.what = what
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.3g} {self.what}/s" if task.speed else "")
+        return Text(f"{three_digits(task.speed)} {self.what}/s" if task.speed else "")
 
 
 def progress_bar(rate_of: str = "") -> Progress:

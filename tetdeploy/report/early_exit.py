@@ -33,8 +33,8 @@ def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Text | Table]
     N = result["num_samples"]
     if not result["confident"] and 0 < N * result["allowed_loss"] < 1:
         yield (
-            f"one image is {100 / N:.2g} points here, more than may be lost: on other images the loss may well be "
-            "larger; calibrate on more"
+            f"one image is {three_digits(100 / N)} points here, more than may be lost: on other images the loss may "
+            "well be larger; calibrate on more"
         )
     yield f"steps  {by_steps(result['num_images_by_steps'])}"
 

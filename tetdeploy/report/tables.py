@@ -81,7 +81,11 @@ def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[st
         row = next(row for row in layer["rows"] if row["T"] == T)
         total = {key: total[key] + row[key] for key in columns}
         table.add_row(
-            layer["name"], input_kind(layer), rate(row["input_rate"]), f"{layer['fan_out']:.4g}", *cells(row, columns)
+            layer["name"],
+            input_kind(layer),
+            rate(row["input_rate"]),
+            three_digits(layer["fan_out"]),
+            *cells(row, columns),
         )
     table.add_section()
     table.add_row("all layers", "", "", "", *cells(total, columns))

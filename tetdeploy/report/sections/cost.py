@@ -7,7 +7,7 @@ from typing import Any
 
 from tetdeploy.report.document import Note, Plot, Row, Section, Table
 from tetdeploy.report.drawing import draw, energy_unit, error_bars, short, whole_numbers
-from tetdeploy.report.numbers import count, energy, milliseconds, percent, rate, times
+from tetdeploy.report.numbers import count, energy, milliseconds, percent, rate, three_digits, times
 from tetdeploy.report.results import Measurement, Results, means_caption
 
 # by key of a row: the header, how the number and its standard deviation are written
@@ -61,7 +61,7 @@ def _plot(results: Results, key: str, caption: str, label: str, size: float) -> 
         whole_numbers(axes.xaxis)
 
     numbers = "; ".join(
-        f"{m.name} at T={m.T}: {float(m.headline[key]) / size:.3g}" for m in measured if m.headline.get(key)
+        f"{m.name} at T={m.T}: {three_digits(float(m.headline[key]) / size)}" for m in measured if m.headline.get(key)
     )
     return draw(
         paint,
