@@ -63,10 +63,9 @@ def run(code: str, **names: Any) -> dict[str, Any]:
     return names
 
 
-def test_readme_from_python(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_from_python(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    code = block("README.md", "tetdeploy.Engine(").replace("net(torch", "out = net(torch")
-    found = run(code, images=images, image=images[:1])
+    found = run(block("README.md", "tetdeploy.Engine(").replace("net(torch", "out = net(torch"))
     assert found["result"].logits.shape == (16, 10)
     assert found["result"].per_step.shape == (16, 4, 10)
     assert found["answer"].t == 8
@@ -164,12 +163,16 @@ def test_a_surrogate_of_your_own_has_its_gradient_and_exports(monkeypatch: pytes
     assert "spike mismatch 0.00 ppm" in result.output
 
 
-@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: str(path.stem))
-def test_a_page_defines_the_names_that_it_uses(document: Path) -> None:
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem
+)
+def test_a_page_defines_the_names_that_it_uses_and_ends_its_loops_for_a_prompt(document: Path) -> None:
     known = set(dir(builtins))
     for code in re.findall(
         r"^```python\n(?!>>>)(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     ):
+        # Python 3.12 and earlier, where it is pasted to a prompt, wants a blank line there.
+        assert not re.search(r"^ .*\n(?!elif|else|except|finally)\w", code, re.MULTILINE)
         nodes = list(ast.walk(ast.parse(code)))
         imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
         known |= {name.asname or name.name for node in imports for name in node.names}
@@ -196,7 +199,7 @@ def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         stop(server)
 
 
-def test_a_served_model_is_asked_as_in_the_readme(server: Any, images: Any) -> None:
+def test_a_served_model_is_asked_as_in_the_readme(server: Any) -> None:
     shell = block("README.md", "load_digits", "").partition("\n\n")[2]
     assert shell.startswith("x=$(python")
     shell = shell.replace("127.0.0.1:8080", server.http).replace("$(python", f"$({sys.executable}")
@@ -207,6 +210,6 @@ def test_a_served_model_is_asked_as_in_the_readme(server: Any, images: Any) -> N
     for protocol, there in (("grpc", server.grpc), ("http", server.http)):
         triton_client(protocol)
         asking = code.replace("tritonclient.grpc as", f"tritonclient.{protocol} as").replace("127.0.0.1:8081", there)
-        answer = run(asking, images=images)["answer"]
+        answer = run(asking)["answer"]
         assert answer.as_numpy("class").shape == (16,)
         assert answer.as_numpy("steps").max() <= 6
