@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,11 +25,14 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 from uvicorn.server import ServerState
 
+from tetdeploy.engine import Engine
 from tetdeploy.serve import server
 from tetdeploy.serve.bodies import Budget, Sizes
 from tetdeploy.serve.metrics import Metrics
+from tetdeploy.serve.models import Bounds
 from tetdeploy.serve.protocol import Models
 from tetdeploy.serve.rpc import Inferences, grpc_server
+from tetdeploy.serve.scheduler import Limits
 from tetdeploy.serve.server import KEEP_ALIVE_SECONDS, Address
 
 
@@ -279,6 +284,19 @@ def test_more_connections_than_files_fill_no_log() -> None:
         running.process.kill()
     with running.process.stderr as log:
         assert len(log.read()) < 10_000
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="where this ends the process")
+def test_ctrl_c_while_a_model_is_measured_ends_a_server_before_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "Metrics", lambda: Metrics(CollectorRegistry()))
+    monkeypatch.setattr(server, "step_energy_pj", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(server, "_listening", lambda _: pytest.fail("it listens"))
+    engines, sizes = {"m": Engine(exported("step"), threads=1)}, Sizes(1, 1, 1)
+    serving = server.serve(
+        engines, Address("127.0.0.1", 0, 0), Limits(), Bounds(1, 1, 1), sizes=sizes, threads=1, announce=print
+    )
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(serving)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -84,6 +84,7 @@ async def serve(
         served = ServedModel(name, engine, limits, bounds, metrics.on_call(name, step_energy_pj(engine, threads)))
         metrics.watch(served)
         models.append(OpenInferenceModel(served))
+        await asyncio.sleep(0)  # for a Ctrl-C until now to end it here, and not as gRPC starts, which would complain
     named = Models(models)
     stop, budget = _stop_signal(), Budget(sizes.max_total)
     with _listening(address) as listener:
