@@ -685,6 +685,11 @@ def test_the_same_set_by_another_name_is_known(model: Path, tmp_path: Path, monk
     assert f"{tmp_path / 'd.npz'}, which is not there; put it there again, or name other data" in done.output
     source = {"data": {"name": "d.npz", "fingerprint": held_out.fingerprint}, "training": {"val_fraction": 0.1}}
     describe(model, source=source)
+    save_npz(images, tmp_path / "copy.npz")  # as one that lies elsewhere on a serving host
+    assert run("calibrate", model, "--data", "copy.npz", "--T", 1).exit_code == 0
+    content = json.loads(exit_path(model).read_text())
+    assert (content["data"], content["num_samples"]) == ("copy.npz (held out)", len(held_out))
+    exit_path(model).unlink()
     save_npz(images.select(slice(None, None, -1)), tmp_path / "d.npz")
     done = run("calibrate", model, "--T", 1)
     assert done.exit_code == 1 and "d.npz: the training held out other images" in done.output

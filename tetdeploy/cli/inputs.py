@@ -105,10 +105,11 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
         ValueError: the training held no images out, or others than would be here; the data are of other classes.
         click.UsageError: no data are named, or the split is not one of theirs.
     """
-    from tetdeploy.data import same_data
+    from tetdeploy.data import is_copy, same_data
 
-    name = _data_name(engine, data)
-    trained_on = same_data(name, own_data(engine))
+    name, known = _data_name(engine, data), said_of_data(engine)
+    own_fraction = float(engine.metadata["source"].get("training", {}).get("val_fraction", 0.0))
+    trained_on = same_data(name, own_data(engine)) or is_copy(name, fraction=own_fraction, known=known)
     if is_npz(name) and not trained_on:
         if split is not None:
             raise click.UsageError(f"{name} is one set, of which all images are used: leave out --split")
@@ -120,13 +121,12 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
         )
     if split == "validation" and not trained_on:
         raise click.UsageError(f"{name} is not what was trained on, so nothing is held out; take --split train or test")
-    fraction = float(engine.metadata["source"].get("training", {}).get("val_fraction", 0.0)) if trained_on else 0.0
+    fraction = own_fraction if trained_on else 0.0
     if split == "validation" and not fraction:
         raise ValueError(
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
-    known = said_of_data(engine)
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     check_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images.select(slice(limit))

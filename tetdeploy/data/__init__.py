@@ -22,7 +22,7 @@ from .folder import load_folder
 from .frames import FrameSet, load_frames, load_npz
 from .image_files import ImageFiles, read_crop
 from .imagenet import is_imagenet, load_imagenet
-from .images import ImageSet, save_npz, split_validation
+from .images import ImageSet, save_npz, split_validation, stratified
 from .labelled import Encoding, LabelledSet, Split
 from .saccades import saccade_set
 
@@ -39,6 +39,7 @@ __all__ = [
     "Split",
     "check_recorded",
     "holds_out_others",
+    "is_copy",
     "is_imagenet",
     "is_known",
     "is_own_file",
@@ -199,6 +200,19 @@ def same_data(name: str, other: str) -> bool:
     """Whether two names stand for one data set, whatever its images' size, the frames that recordings are cut into, and
     the way a path is written."""
     return _place(name) == _place(other)
+
+
+def is_copy(name: str, *, fraction: float, known: Mapping[str, Any]) -> bool:
+    """Whether a set is a `.npz` that was trained on under another name: what a run held out of it, or without a
+    `fraction` all of it, has the fingerprint that is `known` of the training's data.
+
+    Raises: as `load_data`.
+    """
+    if not is_npz(name) or "fingerprint" not in known:
+        return False
+    data = load_data(name, "train", data_dir=Path())
+    held_out = stratified(data.labels, fraction=fraction)[1] if fraction else slice(None)
+    return len(data.labels[held_out]) > 0 and data.select(held_out).fingerprint == known["fingerprint"]
 
 
 def is_own_file(name: str, own: str) -> bool:
