@@ -615,6 +615,7 @@ class TestCommand:
             assert "whatever --T, and these differ (e2: 2, e4: 4); measure each run by itself" in result.output
 
     def test_frames_of_a_file_are_not_cut_for_a_T(self, runs: Path) -> None:
+        Path("frames.npz").touch()
         for name, T in (("e2", 2), ("e4", 4)):
             classifier = classifier_of()
             classifier.data, classifier.encoding = "frames.npz", "frames"
