@@ -19,11 +19,13 @@ from tetdeploy.arguments import check_type
 from tetdeploy.engine import Engine
 from tetdeploy.files import atomic_write, temporary_folder
 from tetdeploy.folding import FoldingError
+from tetdeploy.form import check_form
 from tetdeploy.int8.calibration import METHODS, Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
 from tetdeploy.memory import reused_memory
 from tetdeploy.networks import Classifier, check_classifier
+from tetdeploy.provenance import ORIGIN
 from tetdeploy.sweep import check_class_numbers
 from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
@@ -98,7 +100,8 @@ def export_model(
             `config.normalize` is off and the data have no pixels. The first `num_check` are compared, up to 256
             are kept.
         labels: of the images, whole numbers `[N]`, kept with the reference.
-        source: what the model was made from, kept in the metadata.
+        source: what the model was made from, kept in the metadata: `network`, `data`, `training` and `provenance` of a
+            checkpoint, its `checkpoint_sha256`, and whatever else.
         num_check: images compared with PyTorch; 0 leaves the check out.
         calibration: images and labels of the training set that an int8 graph takes its scales from, other ones than
             `images` where there are enough; or the scales themselves, of a network that was fine-tuned at them.
@@ -113,6 +116,7 @@ def export_model(
     path = Path(path)
     check_classifier(classifier)
     check_type("config", config, ExportConfig)
+    check_form(source or {}, ORIGIN, "source")
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)

@@ -385,6 +385,23 @@ def test_names_of_classes_that_are_numbers_become_texts() -> None:
     assert made.class_names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "fault"),
+    [
+        ("data", {"class_names": {}}, r"data\.class_names must be a list, got {}"),
+        ("training", {"T": [2]}, r"training\.T must be a whole number of at least 1, got \[2\]"),
+        ("training", {"val_fraction": 7}, r"training\.val_fraction must be a number from 0 to 1, got 7"),
+        ("provenance", {"val_accuracy": "high"}, r"provenance\.val_accuracy must be a finite number, got 'high'"),
+    ],
+)
+def test_damaged_words_on_data_and_training_are_refused(
+    saved: Path, part: str, changes: dict[str, Any], fault: str
+) -> None:
+    rewrite(saved, lambda content: content[part].update(changes))
+    with pytest.raises(ValueError, match=rf"of its metadata, {fault}; the file was changed"):
+        read_metadata(saved)
+
+
 @pytest.mark.parametrize("name", ["encoding", "image_shape"])
 def test_metadata_that_lack_a_setting_of_the_data_are_refused(saved: Path, name: str) -> None:
     rewrite(saved, lambda content: content["data"].pop(name))

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from tetdeploy.early_exit import Exit, certainty
+from tetdeploy.energy import layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
 from tetdeploy.extras import MissingExtraError
@@ -348,6 +349,32 @@ def test_what_a_layer_of_the_metadata_is(name: str) -> None:
     metadata["layers"][0][name] = "x"
     with pytest.raises(ValueError, match=rf"damaged metadata \(layers\[0\]\.{name} must be .*, got 'x'\)"):
         check_metadata(metadata, Path("m.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"input": {"shape": [1, 8, 8], "dtype": "dynamic"}}, "input.dtype must be uint8 or float32, got 'dynamic'"),
+        ({"other_ops": {"bias_adds": None}}, "other_ops.bias_adds must be an object, got None"),
+        ({"other_ops": {"bias_adds": {"conv": None}}}, "other_ops.bias_adds.conv must be a whole number of at least 0"),
+        ({"source": {"data": "mine"}}, "source.data must be an object, got 'mine'"),
+        ({"source": {"training": {"T": [0]}}}, "source.training.T must be a whole number of at least 1"),
+        ({"input_shape": [8]}, "input_shape, kernel, strides, pads and dilations differ in their axes"),
+        ({"strides": [1]}, "input_shape, kernel, strides, pads and dilations differ in their axes"),
+        ({"depth": 1}, ".*unexpected keyword argument 'depth'"),
+    ],
+)
+def test_metadata_that_no_reader_could_use(changes: dict[str, Any], fault: str) -> None:
+    metadata = copy.deepcopy(engine("dynamic").metadata)
+    (metadata if changes.keys() <= metadata.keys() else metadata["layers"][1]).update(changes)
+    with pytest.raises(ValueError, match=rf"^m\.onnx has damaged metadata \(.*{fault}.*\); export the model again$"):
+        check_metadata(metadata, Path("m.onnx"))
+
+
+def test_what_is_null_of_a_layer_is_as_if_it_were_not_said() -> None:
+    metadata = copy.deepcopy(engine("dynamic").metadata)
+    metadata["layers"][-1] |= dict.fromkeys(("kernel", "strides", "dilations", "positions"))
+    assert layers_of(check_metadata(metadata, Path("m.onnx"))) == layers_of(engine("dynamic").metadata)
 
 
 def test_refused_models(tmp_path: Path) -> None:

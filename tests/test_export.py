@@ -1882,6 +1882,8 @@ def test_a_bare_network_and_one_in_float64_are_refused(earlier: Path) -> None:
             export_model(other, earlier, ExportConfig(), digits().images[:9])
     with pytest.raises(ValueError, match="config must be of type ExportConfig, got dict"):
         export_model(convsnn(), earlier, {}, digits().images[:9])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^source\.data must be an object, got 'mine'$"):
+        export_model(convsnn(), earlier, ExportConfig(), digits().images[:9], source={"data": "mine"})
 
 
 class PartlyInFloat64(Small):

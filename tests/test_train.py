@@ -839,6 +839,8 @@ def test_a_broken_config_file_is_named(copied: Path, broken: str, reason: str) -
         (b'{"epoch": -3}', "epoch must be a whole number of at least 1, got -3"),
         (b"{}", "epoch is missing"),
         (b'{"epoch": 2, "lr": "high"}', "lr must be a number, got 'high'"),
+        (b'{"epoch": 2, "lr": 1' + b"0" * 400 + b"}", "a whole number is beyond 64 bits: 10{39}…"),
+        (b'{"epoch": 2, "val_accuracy": Infinity}', "val_accuracy must be a number from 0 to 1, got inf"),
     ],
 )
 def test_a_damaged_line_of_the_metrics_is_named(copied: Path, line: bytes, reason: str) -> None:

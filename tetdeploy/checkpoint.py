@@ -16,7 +16,7 @@ from tetdeploy.arguments import check_flag
 from tetdeploy.extras import import_extra
 from tetdeploy.form import COUNT, NUMBER, STEP, check_form
 from tetdeploy.names import section
-from tetdeploy.provenance import PARENT
+from tetdeploy.provenance import ORIGIN
 from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file, weights_sha256
 from tetdeploy.shards import read_shards, read_shards_content
 from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
@@ -29,16 +29,8 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("network", "data", "training", "provenance")
 _DATA = ("name", "encoding", "mean", "std", "class_names", "image_shape")
-_FORM = {
-    "network": {
-        "model!": str,
-        "num_classes!": STEP,
-        "in_channels!": STEP,
-        "image_size!": [STEP],
-        **dict.fromkeys(("width", "tau", "v_th", "gamma", "smooth_spike"), NUMBER),
-        "ann": bool,
-    },
-    "provenance": {"init": PARENT, "code_sha256": str},
+_FORM = ORIGIN | {
+    "network": ORIGIN["network"] | {"model!": str, "num_classes!": STEP, "in_channels!": STEP, "image_size!": [STEP]},
     "restart": {"epoch!": COUNT, "step!": COUNT, "seconds": NUMBER},
 }
 _KEYS_SHOWN = 20

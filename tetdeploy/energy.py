@@ -70,10 +70,16 @@ class Layer:
     precision: str = "fp32"
     product: bool = False
 
+    def __post_init__(self) -> None:
+        axes = {len(values) for values in (self.kernel, self.strides, self.pads, self.dilations)}
+        if axes != {len(self.kernel)} or len(self.input_shape) != 1 + len(self.kernel):
+            raise ValueError(f"{self.name}: input_shape, kernel, strides, pads and dilations differ in their axes")
+
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Layer:
         """The inverse of `to_dict`, from JSON (whose tuples are lists)."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        given = {k: v for k, v in value.items() if v is not None}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         fields["pads"] = tuple((int(begin), int(end)) for begin, end in value["pads"])
         return Layer(**fields)
 

@@ -1,7 +1,8 @@
 """JSON as it is written, and what it must look like, as far as it is read. Whatever else it holds is left alone.
 
-A form is `str`, `bool`, `NUMBER`, `AMOUNT`, `FRACTION`, `COUNT`, `STEP`, a list with the form of every item, or a dict
-of forms by key, where `"*"` is every key and a key with `!` must be there. What need not be there may be null.
+A form is a type, a tuple of the texts that it may be, `NUMBER`, `AMOUNT`, `FRACTION`, `COUNT`, `STEP`, a list with the
+form of every item, or a dict of forms by key, where `"*"` is every key and a key with `!` must be there. What need not
+be there may be null.
 """
 
 from __future__ import annotations
@@ -37,12 +38,18 @@ def parse_json(text: str | bytes) -> Any:
     """What JSON of a file holds.
 
     Raises:
-        ValueError: it is none, or nested so deeply that Python gives up.
+        ValueError: it is none, or nested so deeply that Python gives up, or has a whole number beyond 64 bits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_whole)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _whole(digits: str) -> int:
+    if not -(2**63) <= (value := int(digits)) < 2**63:
+        raise ValueError(f"a whole number is beyond 64 bits: {_shown(value)}")
+    return value
 
 
 def check_form(value: Any, form: Any, where: str = "it") -> None:
@@ -59,7 +66,8 @@ def check_form(value: Any, form: Any, where: str = "it") -> None:
         for k, item in enumerate(value):
             check_form(item, form[0], f"{where}[{k}]")
     elif not _is(value, form):
-        raise ValueError(f"{where} must be {form if isinstance(form, str) else form.__name__}, got {_shown(value)}")
+        wanted = form.__name__ if isinstance(form, type) else form if isinstance(form, str) else " or ".join(form)
+        raise ValueError(f"{where} must be {wanted}, got {_shown(value)}")
 
 
 def _check_object(value: Any, forms: dict[str, Any], where: str) -> None:
@@ -71,12 +79,14 @@ def _check_object(value: Any, forms: dict[str, Any], where: str) -> None:
         if key.endswith("!") and value.get(name) is None:
             raise ValueError(f"{prefix}{name} is missing")
         for found in value if key == "*" else [name]:
-            if value.get(found) is not None:
+            if key == "*" or value.get(found) is not None:
                 check_form(value[found], form, f"{prefix}{found}")
 
 
 def _is(value: Any, form: Any) -> bool:
-    if form in (str, bool):
+    if isinstance(form, tuple):
+        return value in form
+    if isinstance(form, type):
         return isinstance(value, form)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value is None and form not in (COUNT, STEP)
@@ -84,10 +94,7 @@ def _is(value: Any, form: Any) -> bool:
         return isinstance(value, int) and value >= (form == STEP)
     if form == FRACTION:
         return 0 <= value <= 1
-    try:
-        return form == LOOSE_NUMBER or (math.isfinite(value) and (value >= 0 or form != AMOUNT))
-    except OverflowError:  # an integer that no float holds
-        return False
+    return form == LOOSE_NUMBER or (math.isfinite(value) and (value >= 0 or form != AMOUNT))
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.files import atomic_write, read_json_lines
-from tetdeploy.form import LOOSE_NUMBER, STEP, check_form, json_text
+from tetdeploy.form import FRACTION, LOOSE_NUMBER, STEP, check_form, json_text
 from tetdeploy.run_folder import METRICS_NAME
 
 _EPOCH = {
@@ -18,9 +18,9 @@ _EPOCH = {
     "lr": LOOSE_NUMBER,
     "seconds": LOOSE_NUMBER,
     "train_loss": LOOSE_NUMBER,
-    "train_accuracy": LOOSE_NUMBER,
+    "train_accuracy": FRACTION,
     "val_loss": LOOSE_NUMBER,
-    "val_accuracy": LOOSE_NUMBER,
+    "val_accuracy": FRACTION,
 }
 
 

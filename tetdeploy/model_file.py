@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tetdeploy.energy import layers_of
 from tetdeploy.form import COUNT, NUMBER, STEP, check_form, parse_json
-from tetdeploy.provenance import PARENT
+from tetdeploy.provenance import ORIGIN
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
@@ -18,7 +19,7 @@ _METADATA = {
     "encoding!": str,
     "T": STEP,
     "trained_T!": STEP,
-    "input!": {"shape!": [STEP], "dtype!": str},
+    "input!": {"shape!": [STEP], "dtype!": ("uint8", "float32")},
     "class_names!": [str],
     "precision!": str,
     "target!": str,
@@ -41,10 +42,10 @@ _METADATA = {
         }
     ],
     "uncounted!": [str],
-    "other_ops!": {"*": {"*": NUMBER}},
+    "other_ops!": {"*": {"*": COUNT}},
     "counting_overlay!": str,
     "created!": str,
-    "source!": {"provenance": {"init": PARENT}},
+    "source!": ORIGIN,
 }
 
 
@@ -123,7 +124,8 @@ def check_metadata(value: Any, path: Path) -> dict[str, Any]:
         check_form(value, {"format!": NUMBER})
         if value["format"] == FORMAT:
             check_form(value, _METADATA)
-    except ValueError as error:
+            layers_of(value)
+    except (ValueError, TypeError) as error:  # the latter of a layer's key that is not known
         raise _damaged(path, error) from error
     if value["format"] != FORMAT:
         remedy = "export the model again" if value["format"] < FORMAT else "update tetdeploy"
@@ -161,5 +163,5 @@ def state_outputs(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(state["output"] for state in (*metadata["states"], *metadata["encoded"]))
 
 
-def _damaged(path: Path, error: ValueError) -> ValueError:
+def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} has damaged metadata ({error}); export the model again")

@@ -18,11 +18,21 @@ from numpy.typing import NDArray
 
 from tetdeploy import __version__
 from tetdeploy.batches import parts
+from tetdeploy.form import FRACTION, NUMBER, STEP
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
 
 PARENT = {"path!": str, "checkpoint_sha256!": str}  # what `--init` leaves in a run's files, see `tetdeploy.form`
+_SETTINGS = ("width", "tau", "v_th", "gamma", "smooth_spike")
+# What a checkpoint says of itself, and an exported model of its checkpoint, as far as it is read.
+ORIGIN: dict[str, Any] = {
+    "network": {"model": str, "ann": bool, **dict.fromkeys(_SETTINGS, NUMBER)},
+    "data": {"name": str, "mean": [NUMBER], "std": [NUMBER], "class_names": [object], "image_shape": [STEP]},
+    "training": {"T": STEP, "lam": NUMBER, "val_fraction": FRACTION},
+    "provenance": {"init": PARENT, "code_sha256": str, "val_accuracy": NUMBER},
+    "checkpoint_sha256": str,
+}
 
 
 def written(**packages: str) -> dict[str, Any]:
@@ -75,8 +85,8 @@ def own_data(engine: Engine) -> str:
 
 def said_of_data(engine: Engine) -> Mapping[str, Any]:
     """The settings of its training's data that the model has in its metadata."""
-    data = engine.metadata["source"].get("data")
-    return data if isinstance(data, Mapping) else {}  # who exports from Python may say anything
+    data: Mapping[str, Any] | None = engine.metadata["source"].get("data")
+    return data or {}
 
 
 def images_provenance(engine: Engine, name: str, x: NDArray[Any], labels: NDArray[np.int64] | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tetdeploy.data import LabelledSet, remedy_of_others
 from tetdeploy.files import made_folder, write_json
 from tetdeploy.form import COUNT, NUMBER, as_json, check_form, parse_json
 from tetdeploy.networks import Classifier
-from tetdeploy.provenance import PARENT
+from tetdeploy.provenance import ORIGIN, PARENT
 from tetdeploy.run_folder import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
@@ -38,7 +38,7 @@ LOCK_NAME = ".lock"
 
 # What is checked nowhere else; `TrainConfig` checks itself.
 _CONFIG = {
-    "network": {"model": str, "ann": bool} | dict.fromkeys(("width", "tau", "v_th", "gamma", "smooth_spike"), NUMBER),
+    "network": ORIGIN["network"],
     "data": {"name": str},
     "training": {},
     "init": PARENT,
