@@ -99,9 +99,10 @@ def read_shards_content(folder: Path | str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no index.
-        ValueError: a damaged one, files are missing, or the first is not ours.
+        ValueError: a damaged one, files are missing, or the first is damaged or not the one the index was written for.
     """
-    return read_content(_files(Path(folder))[0])
+    folder = Path(folder)
+    return read_content(next(_checked_files(folder, _read_index(folder))))
 
 
 def shard_files(folder: Path | str) -> list[Path]:
