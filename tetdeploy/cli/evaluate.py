@@ -248,7 +248,8 @@ def _measure(
     """The predicted class of each image after each of T steps, `[T, N]`.
 
     Raises:
-        ValueError: the images do not fit, or the network's own code fails beyond the T that it was trained with.
+        ValueError: the images do not fit, or the network's own code fails beyond the T that it was trained with, and at
+            that T it does not.
     """
     from tetdeploy.memory import reused_memory
     from tetdeploy.train.device import place, tuned_convolutions, wants_channels_last
@@ -266,6 +267,8 @@ def _measure(
         except (RuntimeError, IndexError) as error:
             if trained >= T or lacks_memory(error):
                 raise
+            some = [next(_batches(images, batch_size, device, None))]
+            classes_by_step(classifier, some, T=trained, precision=precision)  # if T is not the reason, fails alike
             reason = f"fails at T={T}, beyond the T={trained} of its training ({first_line(error)})"
             raise ValueError(f"the network of {name} {reason}; choose --T 1:{trained}") from error
     return classes
