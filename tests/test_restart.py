@@ -554,6 +554,8 @@ def test_what_is_no_weights_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "r", restart_from=tmp_path / "first" / "last.safetensors")
     with pytest.raises(ValueError, match=r"shards_mb is 0\.0; .* must be above 0"):
         How(shards_mb=0.0)
+    with pytest.raises(ValueError, match=r"shards_mb is 1e\+308; it is the size of a file in MB"):
+        How(shards_mb=1e308)
     with pytest.raises(ValueError, match=r"0\.003 MB are too small: allow \S+ MB or more") as refused:
         run(tmp_path / "r", how=How(shards_mb=0.003))
     assert not list((tmp_path / "r").glob("*"))

@@ -71,7 +71,7 @@ class How:
         check_flags(self)
         if self.shards_mb is not None:
             object.__setattr__(self, "shards_mb", check_number("shards_mb", self.shards_mb))
-            if not 0 < self.shards_mb < math.inf:
+            if not 0 < self.shards_mb * 1e6 < math.inf:
                 raise ValueError(f"shards_mb is {self.shards_mb}; it is the size of a file in MB and must be above 0")
         if self.recompute and self.cuda_graphs:
             raise ValueError(
