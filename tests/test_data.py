@@ -491,6 +491,34 @@ def test_npz_refuses_files_that_are_not_one(tmp_path: Path) -> None:
             load_data(str(path), "train", data_dir=NO_DATA)
 
 
+def test_an_npz_with_one_damaged_byte_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
+    path, array, whole = tmp_path / "x.npz", io.BytesIO(), io.BytesIO()
+    np.save(array, np.arange(6.0).reshape(2, 3))
+    np.savez_compressed(whole, x=np.arange(6.0))
+
+    def read(content: bytes) -> str:
+        path.write_bytes(content)
+        try:
+            files.read_npz(path)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def archived(array: bytes) -> bytes:  # NumPy parses the header of an array before the archive's checksum is known
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as written:
+            written.writestr("x.npy", array)
+        return archive.getvalue()
+
+    said = {
+        read(form(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]))
+        for form, content in ((archived, array.getvalue()), (bytes, whole.getvalue()))
+        for place in range(len(content))
+        for bit in (1, 16, 128)
+    }
+    assert len(said) > 20 and all(re.match(rf"{re.escape(str(path))} is damaged: .", text) for text in said - {""})
+
+
 def test_an_npz_may_hold_other_files_beside_the_arrays(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     save_npz(image_set(), path)

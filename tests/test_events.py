@@ -376,6 +376,10 @@ def test_events_beyond_the_sensor_of_the_training_come_from_another(tmp_path: Pa
     with pytest.warns(RuntimeWarning, match="no recording of set says"):
         frames = load_data(name, "test", data_dir=NOWHERE, T=2, trained=Framing("count", (60, 90)))
     assert frames.framing is not None and frames.framing.sensor[1] > 90
+    height, width = frames.framing.sensor
+    for sensor in ((height, width + 9), (height + 9, width)):  # whose border they reach
+        trained = Framing("count", sensor)
+        assert load_data(name, "test", data_dir=NOWHERE, T=2, trained=trained).framing == trained
 
 
 @pytest.mark.parametrize("name", ["events:set", "saccades:digits"])

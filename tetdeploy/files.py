@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tokenize import TokenError  # of a damaged header, from NumPy's parser
+from tokenize import TokenError
 from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
@@ -25,6 +25,8 @@ from tetdeploy.form import json_text, parse_json
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# Of a zip archive, and of the header of an array, which NumPy parses as Python.
+_OF_DAMAGE = (OSError, RuntimeError, EOFError, BadZipFile, zlib.error, ValueError, TypeError, SyntaxError, TokenError)
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # some file systems
 
 
@@ -95,7 +97,7 @@ def temporary_folder() -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     except OSError as error:
-        if error.errno not in _UNWRITABLE or lacks_temporary_folder(error):
+        if error.errno not in _UNWRITABLE:
             raise
         raise OSError(
             f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror}; "
@@ -271,8 +273,8 @@ def opened_npz(handle: BinaryIO, name: str) -> Iterator[Mapping[str, NDArray[Any
             yield _Arrays(file)
     except _HoldsObjectsError as error:
         raise ValueError(f"{name}: {error}") from error
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, TokenError, zlib.error) as error:
-        raise ValueError(f"{name} is damaged: {error}") from error
+    except _OF_DAMAGE as error:
+        raise ValueError(f"{name} is damaged: {str(error) or 'it ends too early'}") from error
 
 
 class _HoldsObjectsError(ValueError):
