@@ -1083,6 +1083,8 @@ def test_latest_points_at_the_newest_run_where_runs_is_a_link(tmp_path: Path, mo
         assert (runs / "latest").samefile(name) and newest_run(runs).samefile(name)
     mark_latest(Path("runs/one"), runs)
     assert newest_run(runs) == Path("runs/one")
+    mark_latest(Path("two"), Path("others"))
+    assert newest_run(Path("others")) == Path("two")
 
 
 def test_latest_is_the_whole_path_of_a_run_on_another_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
