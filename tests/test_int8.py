@@ -34,6 +34,7 @@ from export_helpers import exported as fp32_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from tetdeploy import Engine, tracing
 from tetdeploy.cli import main
@@ -427,21 +428,21 @@ def test_so_many_steps_that_their_scales_would_overflow(tmp_path: Path) -> None:
 
 
 class Odd(Residual):
-    """Convolutions of spikes whose padding has a name, that follow a dropout, or whose weights are computed."""
+    """Convolutions of spikes whose padding has a name, that follow a dropout, or whose weights or bias are computed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.same = OverTime(nn.Conv2d(8, 6, 3, padding="same", dilation=2))
         self.uneven = OverTime(nn.Conv2d(8, 6, 2, padding="same"))
-        self.dropped = OverTime(nn.Dropout(), nn.Dropout2d(), nn.Conv2d(8, 6, 1))
+        self.dropped = OverTime(nn.Dropout(), nn.Dropout2d(), nn.Conv2d(8, 6, 1, padding="valid", dilation=2))
         self.computed = OverTime(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 1)))
+        self.biased = OverTime(parametrize.register_parametrization(nn.Conv2d(8, 6, 1), "bias", nn.Tanh()))
         self.readout = OverTime(nn.Flatten(), nn.Linear(6 * 64, 10))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         spikes = self.lif1(self.encode(x, T))
-        logits: Tensor = self.readout(
-            self.same(spikes) + self.uneven(spikes) + self.dropped(spikes) + self.computed(spikes)
-        )
+        odd = (self.same, self.uneven, self.dropped, self.computed, self.biased)
+        logits: Tensor = self.readout(sum(conv(spikes) for conv in odd))
         return logits
 
 
