@@ -433,7 +433,7 @@ class Odd(Residual):
     def __init__(self) -> None:
         super().__init__()
         self.same = OverTime(nn.Conv2d(8, 6, 3, padding="same", dilation=2))
-        self.uneven = OverTime(nn.Conv2d(8, 6, 2, padding="same"))
+        self.uneven = OverTime(nn.Conv2d(8, 6, (2, 3), padding="same"))
         self.dropped = OverTime(nn.Dropout(), nn.Dropout2d(), nn.Conv2d(8, 6, 1, padding="valid", dilation=2))
         self.computed = OverTime(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 1)))
         self.biased = OverTime(parametrize.register_parametrization(nn.Conv2d(8, 6, 1), "bias", nn.Tanh()))

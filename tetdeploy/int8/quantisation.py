@@ -325,7 +325,7 @@ def _quantised(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     scale = largest.clamp_min(1e-12).float()
     per_channel = scale.view(_channels(weight.dim(), 0))
     return {
-        "weight": torch.round(weight / per_channel).clamp(-127, 127).to(torch.int8),
+        "weight": torch.round(weight / per_channel).to(torch.int8),
         "weight_scale": scale,
         "bias": torch.round(shift.double() / scale.double()).to(torch.int32),
     }
