@@ -356,8 +356,7 @@ _HAND_ON = {
 def _hands_on(node: fx.Node) -> bool:
     """Whether an operation only copies values, moves them, leaves some out, or puts zeros beside them."""
     if node.target is aten.pad.default:
-        mode, value = (*node.args[2:4], None, None)[:2]  # without them "constant" and 0
-        return mode not in (None, "constant") or not value
+        return not any(node.args[3:])  # the value, which is 0 without one, and which other modes than "constant" refuse
     if node.target is operator.getitem:
         parts: Any = node.args[0]
         return parts.target in _PARTS or (parts.target in _MAXIMA and bool(node.args[1] == 0))  # 1 is where they lie
