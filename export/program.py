@@ -31,15 +31,43 @@ _TRANSLATED = {
     torch.ops.tetdeploy.lif.default, torch.ops.tetdeploy.int8_conv.default,
     operator.getitem, operator.mul, aten.sym_size.int,
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.matmul.default,
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default, aten.softmax.int,
+    aten.einsum.default, aten.bmm.default, aten.layer_norm.default, aten.dropout.default,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.abs.default,
+    aten.exp.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.maximum.default, aten.minimum.default,
+    aten.gt.Scalar, aten.ge.Scalar, aten.where.self, aten.clamp.default,
+    aten.relu.default, aten.leaky_relu.default, aten.hardtanh.default, aten.gelu.default, aten.silu.default,
+    aten.sigmoid.default, aten.tanh.default, aten.softmax.int,
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool2d.default,
     aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.flip.default,
-    aten.expand.default, aten.repeat.default, aten.clone.default, aten.pad.default, aten.upsample_nearest2d.vec,
-    aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.unbind.int, aten.cat.default, aten.stack.default,
+    aten.expand.default, aten.repeat.default, aten.clone.default, aten.contiguous.default, aten.zeros_like.default,
+    aten.pad.default, aten.roll.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec,
+    aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+    aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+    aten.cat.default, aten.stack.default,
 }  # fmt: skip
-_VIEWS = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
-_WRITTEN_OTHERWISE = {*_VIEWS, aten.view.default, aten.to.dtype, aten.mT.default, aten.adaptive_avg_pool2d.default}
+_VIEWS = {
+    aten.reshape.default, aten.reshape_as.default, aten.view_as.default, aten.flatten.using_ints, aten.unflatten.int,
+}  # fmt: skip
+_OTHER_NAMES = {
+    aten.swapaxes.default: aten.transpose.int,
+    aten.swapdims.default: aten.transpose.int,
+    aten.clip.default: aten.clamp.default,
+}
+_IN_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.relu_.default: aten.relu.default,
+}
+_WRITTEN_OTHERWISE = {
+    *_VIEWS, *_OTHER_NAMES, *_IN_PLACE, aten.view.default, aten.expand_as.default, aten.mT.default,
+    aten.movedim.int, aten.movedim.intlist, aten.chunk.default, aten.to.dtype, aten.rsub.Scalar,
+    aten.adaptive_avg_pool2d.default,
+}  # fmt: skip
+_OF_OWN_MEMORY = {
+    *_IN_PLACE, *_IN_PLACE.values(), aten.sub.Tensor, aten.div.Tensor, torch.ops.tetdeploy.int8_conv.default,
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.matmul.default,
+}  # fmt: skip
 _ASSERTION = aten._assert_tensor_metadata.default
 
 
@@ -93,11 +121,33 @@ def _is_known(node: fx.Node, axes: Mapping[str, Any]) -> bool:
         return True
     if node.target not in _WRITTEN_OTHERWISE or node.kwargs:
         return False
+    if node.target in _IN_PLACE:
+        return _is_alone(node.args[0])
     if node.target in _VIEWS:
-        return sum(not isinstance(size, int) and str(size) not in axes for size in node.meta["val"].shape) <= 1
+        return _unknown(node.meta["val"].shape, axes) <= 1
+    if node.target is aten.expand_as.default:
+        return _unknown(node.meta["val"].shape, axes) == 0
+    if node.target is aten.chunk.default:
+        return isinstance(_size_of_chunks(*node.args), int)
     if node.target is aten.adaptive_avg_pool2d.default:
         return node.args[1] == [1, 1]
-    return node.target is not aten.to.dtype or len(node.args) == 2
+    return node.target not in (aten.to.dtype, aten.rsub.Scalar) or len(node.args) == 2
+
+
+def _is_alone(x: fx.Node) -> bool:
+    """Whether nothing else reads the memory of `x`, so that what is written over it may as well be written elsewhere."""
+    while x.target in _VIEWS and len(x.users) == 1:
+        x = x.args[0]
+    return x.target in _OF_OWN_MEMORY and len(x.users) == 1
+
+
+def _unknown(shape: Iterable[Any], axes: Mapping[str, Any]) -> int:
+    """How many sizes are neither numbers nor those of an open axis."""
+    return sum(not isinstance(size, int) and str(size) not in axes for size in shape)
+
+
+def _size_of_chunks(x: fx.Node, chunks: int, axis: int = 0) -> Any:
+    return -(-x.meta["val"].shape[axis] // chunks)
 
 
 def _sizes(graph: fx.Graph, axes: Mapping[str, tuple[fx.Node, int]], behind: fx.Node) -> dict[str, fx.Node]:
@@ -121,13 +171,28 @@ def _write_otherwise(node: fx.Node, sizes: Mapping[str, fx.Node]) -> None:
         _write(node, aten._to_copy.default, x, dtype=node.args[1])
     elif node.target is aten.mT.default:
         _write(node, aten.transpose.int, x, -2, -1)
+    elif other := (_OTHER_NAMES | _IN_PLACE).get(node.target):
+        node.target = other
+    elif node.target in (aten.movedim.int, aten.movedim.intlist):
+        order = torch.empty(*range(x.meta["val"].ndim)).movedim(*node.args[1:]).shape  # each size is that axis's number
+        _write(node, aten.permute.default, x, [*order])
+    elif node.target is aten.expand_as.default:
+        _write(node, aten.expand.default, x, _shape(node, sizes))
+    elif node.target is aten.chunk.default:
+        _write(node, aten.split.Tensor, x, _size_of_chunks(*node.args), *node.args[2:])
+    elif node.target is aten.rsub.Scalar:
+        _write(node, aten.sub.Tensor, node.args[1], x)
     elif node.target is aten.adaptive_avg_pool2d.default:
         _write(node, aten.mean.dim, x, [-1, -2], True)
     elif node.target is aten.view.default:
         _write(node, aten.view.default, _contiguous(node, x), node.args[1])
     elif node.target in _VIEWS:
-        shape = [size if isinstance(size, int) else sizes.get(str(size), -1) for size in node.meta["val"].shape]
-        _write(node, aten.view.default, _contiguous(node, x), shape)
+        _write(node, aten.view.default, _contiguous(node, x), _shape(node, sizes))
+
+
+def _shape(node: fx.Node, sizes: Mapping[str, fx.Node]) -> list[Any]:
+    """The result's: numbers, sizes of open axes, and -1 for what is neither."""
+    return [size if isinstance(size, int) else sizes.get(str(size), -1) for size in node.meta["val"].shape]
 
 
 def _write(node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> None:

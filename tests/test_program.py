@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
-from export_helpers import classifier
+from export_helpers import classifier, digits, unchecked
 from torch import Tensor, nn
 from zoo_helpers import MODELS, for_export
 
 from tetdeploy.data import Encoding
-from tetdeploy.export import onnx_tracer, program
+from tetdeploy.export import ExportConfig, onnx_tracer, program
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8.quantisation import CurrentScale, Scales, quantise, spiking_convolutions
 from tetdeploy.layers import OverTime
@@ -54,6 +56,37 @@ class _Everything(nn.Module):
         return self.readout(s.transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
 
 
+class _Elsewhere(nn.Module):
+    """The others of them, as networks of one's own have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.wide = OverTime(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+        self.norm, self.drop, self.readout = nn.LayerNorm(8), nn.Dropout(0.5), nn.Linear(64, 10)
+        self.lif = nn.ModuleList(LIF(v_th=v_th) for v_th in (0.5, 0.25, 0.5))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        s = self.lif[0](0.75 * self.encode(x).expand(T, -1, -1, -1, -1))  # [T, N, 4, 8, 8]
+        a, b = self.wide(s).chunk(2, 2)
+        a = self.drop(a.sigmoid() + b.tanh() * nn.functional.gelu(a) - nn.functional.silu(b).neg())
+        b = nn.functional.leaky_relu(b).abs().sqrt() + nn.functional.hardtanh(b).exp() ** 2
+        b = torch.maximum(a, b.clamp(0.0, 1.0)).minimum(b.clip(max=2.0))
+        residual = a * b
+        residual += s
+        residual *= torch.where(s > 0, s, s.flip(3)) + (s >= 0.5) * s
+        s = self.lif[1](nn.functional.relu_(residual - 0.1))
+        x = nn.functional.pixel_unshuffle(nn.functional.pixel_shuffle(s.flatten(0, 1), 2), 2).view_as(s)
+        x = torch.cat([x[:, :, 1:], torch.zeros_like(x[:, :, :1])], 2).flatten(3).reshape_as(s)
+        early, late = (1 - x).roll(1, 4).split([1, 3], 2)
+        x = torch.cat([late.swapaxes(3, 4), early.expand_as(late).movedim((3, 4), (4, 3))], 2)[:, :, 1:5].contiguous()
+        x = self.norm(x.swapdims(3, 4).movedim(2, 2))
+        large = nn.functional.interpolate(x.flatten(0, 1), scale_factor=2.0, mode="bilinear")
+        x = torch.einsum("tnchw,tncwk->tnchk", x, large[:, :, :8, :8].unflatten(0, s.shape[:2]))
+        x = torch.bmm(x.flatten(0, 2), s.flatten(0, 2)).unflatten(0, s.shape[:3])
+        return self.readout(self.lif[2](x)[:, :, 0].flatten(2))  # type: ignore[no-any-return]
+
+
 class _Awkward(nn.Module):
     """Parameters of like names, of no axis, used twice, and of another type than what they meet; frames."""
 
@@ -82,7 +115,24 @@ class _Swapped(nn.Module):
         self.lif, self.readout = LIF(), nn.Linear(64, 10)
 
     def forward(self, x: Tensor, T: int) -> Tensor:
-        return self.readout(self.lif(x.expand(T, *x.shape)).movedim(3, 4).flatten(2))  # type: ignore[no-any-return]
+        return self.readout(self.lif(x.expand(T, *x.shape)).cumsum(4).flatten(2))  # type: ignore[no-any-return]
+
+
+class _Over(nn.Module):
+    """Writes over what a layer gave, seen through a view, which another view may see as well."""
+
+    def __init__(self, *, seen: bool) -> None:
+        super().__init__()
+        self.encode, self.conv = nn.Conv2d(1, 4, 3, padding=1), OverTime(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.lif, self.readout, self.seen = nn.ModuleList([LIF(v_th=0.3), LIF()]), nn.Linear(256, 10), seen
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        s = self.lif[0](self.encode(x).expand(T, -1, -1, -1, -1))
+        current = self.conv(s)
+        other = (current if self.seen else s).flatten(2)
+        current += s
+        current *= 1.5
+        return self.readout(self.lif[1](current).flatten(2) + other)  # type: ignore[no-any-return]
 
 
 def _content(model: ir.Model) -> list[Any]:
@@ -117,6 +167,8 @@ def _scales(tracer: Tracer, T: int | None, step: bool) -> Scales:
         (_Everything, "fp32", None, False),
         (_Everything, "int8", 3, False),
         (_Everything, "fp16", 1, True),
+        (_Elsewhere, "fp32", None, False),
+        (_Elsewhere, "int8", 2, False),
         (_Awkward, "fp32", 2, False),
     ],
 )
@@ -139,10 +191,10 @@ def test_the_graph_is_that_of_a_network_traced_once_more(
     assert "Conv" in {node[0] for node in once}
 
 
-def test_that_network_has_every_operation() -> None:
-    tracer = Tracer(classifier(_Everything()), encoding="direct", uint8=True)
+def test_those_networks_have_every_operation() -> None:
     found = set()
-    for T in (3, None):
+    for network, T in itertools.product((_Everything(), _Elsewhere()), (3, None)):
+        tracer = Tracer(classifier(network), encoding="direct", uint8=True)
         folded = tracer.folded(T)
         scales = dict(list(_scales(tracer, T, step=False).items())[:1])
         quantise(folded, scales)
@@ -162,3 +214,15 @@ def test_a_network_with_other_operations_is_left_as_it_is() -> None:
     before = str(folded.graph)
     assert program.as_program(folded, tracer.program(2)) is None
     assert str(folded.graph) == before
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_what_is_written_over_is_written_elsewhere_only_if_nothing_else_sees_it(seen: bool, tmp_path: Path) -> None:
+    net = classifier(_Over(seen=seen))
+    tracer = Tracer(net, encoding="direct", uint8=True)
+    assert (program.as_program(tracer.folded(3), tracer.program(3)) is None) == seen
+    x = digits().images[:9]
+    with torch.no_grad():
+        expected = net(torch.from_numpy(x), 3).transpose(0, 1)
+    engine = unchecked(net, tmp_path / "m.onnx", ExportConfig(T=3))
+    torch.testing.assert_close(torch.from_numpy(engine.run(x, 3).per_step), expected)
