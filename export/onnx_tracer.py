@@ -7,6 +7,7 @@ input for the dynamic layout. What a LIF node becomes is `lowering`'s business.
 from __future__ import annotations
 
 import ast
+import copy
 import math
 import re
 from collections import Counter
@@ -107,22 +108,38 @@ class OnnxTracer:
 
 @contextmanager
 def _fewer_rules(graph: ir.Graph) -> Iterator[None]:
-    """Leave out the optimiser's rule that makes a Split of two slices without steps, where no two such read the same:
-    `x[a:b]` has steps.
+    """Let the optimiser try each of its rules on nodes of the one operation that it is for, and leave out the rule that
+    makes a Split of two slices without steps, where no two such read the same: `x[a:b]` has steps.
 
-    It goes through all nodes for each of them, which is more than half of the time that a transformer with some
-    thousands takes. onnxscript has no option to leave it out; where its table of rules is not found, all are tried.
+    It tries some fifty rules on each node, and that rule goes through all nodes each time, which is more than half of
+    the time that a transformer with some thousands takes. onnxscript has no option for either; where its table of rules
+    is not found, all are tried.
     """
-    rules = getattr(rewriter, _RULES, ())
-    sliced = Counter(node.inputs[0] for node in graph if node.op_type == "Slice" and len(node.inputs) < 5)
-    if not rules or max(sliced.values(), default=0) > 1:
+    rules = getattr(rewriter, _RULES, None)
+    if rules is None:
         yield
         return
-    setattr(rewriter, _RULES, tuple(rule for rule in rules if rule.name != "SlicesSplit"))
+    sliced = Counter(node.inputs[0] for node in graph if node.op_type == "Slice" and len(node.inputs) < 5)
+    in_pairs = max(sliced.values(), default=0) > 1
+    setattr(rewriter, _RULES, tuple(_where_it_fits(rule) for rule in rules if rule.name != "SlicesSplit" or in_pairs))
     try:
         yield
     finally:
         setattr(rewriter, _RULES, rules)
+
+
+def _where_it_fits(rule: Any) -> Any:
+    """The rule, asked of nodes of the operation that its pattern ends with and of no others, which it cannot match."""
+    pattern, fitting = getattr(rule, "_target_pattern", None), copy.copy(rule)
+    if pattern is None:
+        return rule
+    last, *_ = pattern.output_nodes
+
+    def try_rewrite(model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any) -> Any:
+        return rule.try_rewrite(model, graph, node, **options) if last.op.matches(node.op_type) else None
+
+    fitting.try_rewrite = try_rewrite
+    return fitting
 
 
 def _tell_apart(graph: ir.Graph) -> None:

@@ -122,20 +122,21 @@ def _is_known(node: fx.Node, axes: Mapping[str, Any]) -> bool:
     if node.target not in _WRITTEN_OTHERWISE or node.kwargs:
         return False
     if node.target in _IN_PLACE:
-        return _is_alone(node.args[0])
+        types = {x.meta["val"].dtype for x in (node, *node.all_input_nodes)}  # in place, none is promoted
+        return len(types) == 1 and _is_alone(node.args[0])
     if node.target in _VIEWS:
         return _unknown(node.meta["val"].shape, axes) <= 1
     if node.target is aten.expand_as.default:
         return _unknown(node.meta["val"].shape, axes) == 0
     if node.target is aten.chunk.default:
-        return isinstance(_size_of_chunks(*node.args), int)
+        return isinstance(_size_of_chunks(node), int)
     if node.target is aten.adaptive_avg_pool2d.default:
         return node.args[1] == [1, 1]
     return node.target not in (aten.to.dtype, aten.rsub.Scalar) or len(node.args) == 2
 
 
-def _is_alone(x: fx.Node) -> bool:
-    """Whether nothing else reads the memory of `x`, so that what is written over it may as well be written elsewhere."""
+def _is_alone(x: Any) -> bool:
+    """Whether nothing else reads the memory of `x`: what is written over it may as well be written elsewhere."""
     while x.target in _VIEWS and len(x.users) == 1:
         x = x.args[0]
     return x.target in _OF_OWN_MEMORY and len(x.users) == 1
@@ -146,7 +147,9 @@ def _unknown(shape: Iterable[Any], axes: Mapping[str, Any]) -> int:
     return sum(not isinstance(size, int) and str(size) not in axes for size in shape)
 
 
-def _size_of_chunks(x: fx.Node, chunks: int, axis: int = 0) -> Any:
+def _size_of_chunks(node: fx.Node) -> Any:
+    arguments: tuple[Any, ...] = (*node.args, 0)
+    x, chunks, axis, *_ = arguments
     return -(-x.meta["val"].shape[axis] // chunks)
 
 
@@ -164,28 +167,31 @@ def _sizes(graph: fx.Graph, axes: Mapping[str, tuple[fx.Node, int]], behind: fx.
 
 def _write_otherwise(node: fx.Node, sizes: Mapping[str, fx.Node]) -> None:
     """A node as torch.onnx would write it, in place."""
-    x: Any = next(iter(node.args), None)
+    arguments: tuple[Any, ...] = node.args
+    x, *others = arguments or (None,)
     if node.op == "call_module" or node.target is _ASSERTION:
         node.graph.erase_node(node)  # what was assured as it was traced
     elif node.target is aten.to.dtype:
-        _write(node, aten._to_copy.default, x, dtype=node.args[1])
+        _write(node, aten._to_copy.default, x, dtype=others[0])
     elif node.target is aten.mT.default:
         _write(node, aten.transpose.int, x, -2, -1)
-    elif other := (_OTHER_NAMES | _IN_PLACE).get(node.target):
-        node.target = other
+    elif node.target in _OTHER_NAMES:
+        node.target = _OTHER_NAMES[node.target]
+    elif node.target in _IN_PLACE:
+        node.target = _IN_PLACE[node.target]
     elif node.target in (aten.movedim.int, aten.movedim.intlist):
-        order = torch.empty(*range(x.meta["val"].ndim)).movedim(*node.args[1:]).shape  # each size is that axis's number
+        order = torch.empty(*range(x.meta["val"].ndim)).movedim(*others).shape  # the size of each axis is its number
         _write(node, aten.permute.default, x, [*order])
     elif node.target is aten.expand_as.default:
         _write(node, aten.expand.default, x, _shape(node, sizes))
     elif node.target is aten.chunk.default:
-        _write(node, aten.split.Tensor, x, _size_of_chunks(*node.args), *node.args[2:])
+        _write(node, aten.split.Tensor, x, _size_of_chunks(node), *others[1:])
     elif node.target is aten.rsub.Scalar:
-        _write(node, aten.sub.Tensor, node.args[1], x)
+        _write(node, aten.sub.Tensor, *others, x)
     elif node.target is aten.adaptive_avg_pool2d.default:
         _write(node, aten.mean.dim, x, [-1, -2], True)
     elif node.target is aten.view.default:
-        _write(node, aten.view.default, _contiguous(node, x), node.args[1])
+        _write(node, aten.view.default, _contiguous(node, x), *others)
     elif node.target in _VIEWS:
         _write(node, aten.view.default, _contiguous(node, x), _shape(node, sizes))
 
