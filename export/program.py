@@ -2,8 +2,8 @@
 
 torch.export makes a program of a changed graph by tracing it anew, and torch.onnx traces that again to take operations
 apart that ONNX has not: together half the time of an export. A graph of the operations below needs neither. ONNX has
-each of them, and none writes over values, so that the graph is the program already, but that a program takes its
-parameters as inputs.
+each of them, or others that they are written as, and what one writes over, nothing else sees. So the graph is the
+program already, but that a program takes its parameters as inputs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _OTHER_NAMES = {
     aten.swapdims.default: aten.transpose.int,
     aten.clip.default: aten.clamp.default,
 }
-_IN_PLACE = {
+_IN_PLACE = {  # which write over their first argument
     aten.add_.Tensor: aten.add.Tensor,
     aten.mul_.Tensor: aten.mul.Tensor,
     aten.relu_.default: aten.relu.default,
@@ -64,7 +64,7 @@ _WRITTEN_OTHERWISE = {
     aten.movedim.int, aten.movedim.intlist, aten.chunk.default, aten.to.dtype, aten.rsub.Scalar,
     aten.adaptive_avg_pool2d.default,
 }  # fmt: skip
-_OF_OWN_MEMORY = {
+_OF_OWN_MEMORY = {  # which give something that is not yet seen anywhere
     *_IN_PLACE, *_IN_PLACE.values(), aten.sub.Tensor, aten.div.Tensor, torch.ops.tetdeploy.int8_conv.default,
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.matmul.default,
 }  # fmt: skip
