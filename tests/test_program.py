@@ -118,18 +118,19 @@ class _Swapped(nn.Module):
 
 
 class _Over(nn.Module):
-    """Writes over what a layer gave, seen through a view, which another view may see as well."""
+    """Writes over what a layer gave, seen through a view, which another view may see as well, numbers of a type."""
 
-    def __init__(self, *, seen: bool) -> None:
+    def __init__(self, *, seen: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.encode, self.conv = nn.Conv2d(1, 4, 3, padding=1), OverTime(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-        self.lif, self.readout, self.seen = nn.ModuleList([LIF(v_th=0.3), LIF()]), nn.Linear(256, 10), seen
+        self.lif, self.readout = nn.ModuleList([LIF(v_th=0.3), LIF()]), nn.Linear(256, 10)
+        self.seen, self.dtype = seen, dtype
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         s = self.lif[0](self.encode(x).expand(T, -1, -1, -1, -1))
         current = self.conv(s)
         other = (current if self.seen else s).flatten(2)
-        current += s
+        current += s.to(self.dtype)
         current *= 1.5
         return self.readout(self.lif[1](current).flatten(2) + other)  # type: ignore[no-any-return]
 
@@ -221,11 +222,16 @@ def test_a_network_with_other_operations_is_left_as_it_is() -> None:
     assert str(folded.graph) == before
 
 
-@pytest.mark.parametrize("seen", [False, True])
-def test_what_is_written_over_is_written_elsewhere_only_if_nothing_else_sees_it(seen: bool, tmp_path: Path) -> None:
-    net = classifier(_Over(seen=seen))
+@pytest.mark.parametrize(
+    ("seen", "dtype", "written_elsewhere"),
+    [(False, torch.float32, True), (True, torch.float32, False), (False, torch.float64, False)],
+)
+def test_what_is_written_over_is_written_elsewhere_only_if_nothing_else_sees_it_nor_types_differ(
+    seen: bool, dtype: torch.dtype, written_elsewhere: bool, tmp_path: Path
+) -> None:
+    net = classifier(_Over(seen=seen, dtype=dtype))
     tracer = Tracer(net, encoding="direct", uint8=True)
-    assert (program.as_program(tracer.folded(3), tracer.program(3)) is None) == seen
+    assert (program.as_program(tracer.folded(3), tracer.program(3)) is not None) == written_elsewhere
     x = digits().images[:9]
     with torch.no_grad():
         expected = net(torch.from_numpy(x), 3).transpose(0, 1)
