@@ -189,7 +189,7 @@ def _make_bounds_alike(graph: fx.Graph) -> None:
     for node in graph.nodes:
         x, *bounds = node.args or (None,)
         if node.target in _CLAMPS and any(isinstance(bound, float) for bound in bounds):
-            node.args = (x, *(None if bound is None else float(bound) for bound in bounds))
+            node.args = (x, *(float(bound) if isinstance(bound, int) else bound for bound in bounds))
 
 
 def _rewrite_unbiased_conv3d(graph: fx.Graph) -> None:

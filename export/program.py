@@ -31,7 +31,7 @@ _TRANSLATED = {
     torch.ops.tetdeploy.lif.default, torch.ops.tetdeploy.int8_conv.default,
     operator.getitem, operator.mul, aten.sym_size.int,
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.matmul.default,
-    aten.einsum.default, aten.bmm.default, aten.layer_norm.default, aten.dropout.default,
+    aten.einsum.default, aten.bmm.default, aten.layer_norm.default,
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.abs.default,
     aten.exp.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.maximum.default, aten.minimum.default,
     aten.gt.Scalar, aten.ge.Scalar, aten.where.self, aten.clamp.default,
@@ -122,7 +122,8 @@ def _is_known(node: fx.Node, axes: Mapping[str, Any]) -> bool:
     if node.target not in _WRITTEN_OTHERWISE or node.kwargs:
         return False
     if node.target in _IN_PLACE:
-        types = {x.meta["val"].dtype for x in (node, *node.all_input_nodes)}  # in place, none is promoted
+        values = (x.meta["val"] for x in (node, *node.all_input_nodes))  # in place, none is promoted
+        types = {getattr(value, "dtype", None) for value in values}  # a size has none
         return len(types) == 1 and _is_alone(node.args[0])
     if node.target in _VIEWS:
         return _unknown(node.meta["val"].shape, axes) <= 1

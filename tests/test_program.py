@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,19 @@ class _Over(nn.Module):
         return self.readout(self.lif[1](current).flatten(2) + other)  # type: ignore[no-any-return]
 
 
+class _Between(nn.Module):
+    """Something of one's own between a layer and the neurons."""
+
+    def __init__(self, between: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.encode, self.conv = nn.Conv2d(1, 4, 3, padding=1), OverTime(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.lif, self.readout, self.between = nn.ModuleList([LIF(v_th=0.3), LIF()]), nn.Linear(256, 10), between
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        s = self.lif[0](self.encode(x).expand(T, -1, -1, -1, -1))
+        return self.readout(self.lif[1](self.between(self.conv(s), T)).flatten(2))  # type: ignore[no-any-return]
+
+
 def _content(model: ir.Model) -> list[Any]:
     """All that a runtime reads of a graph, but for the names of its values."""
 
@@ -237,3 +251,28 @@ def test_what_is_written_over_is_written_elsewhere_only_if_nothing_else_sees_it_
         expected = net(torch.from_numpy(x), 3).transpose(0, 1)
     engine = unchecked(net, tmp_path / "m.onnx", ExportConfig(T=3))
     torch.testing.assert_close(torch.from_numpy(engine.run(x, 3).per_step), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "between"),
+    [
+        (ExportConfig(T=3), lambda x, T: nn.functional.dropout(x, training=False).relu_() + x),
+        (ExportConfig(T=3, fold_bn=False), lambda x, T: nn.functional.dropout(x, training=False).relu_() + x),
+        (ExportConfig(layout="dynamic"), lambda x, T: x.mul_(T)),
+    ],
+    ids=["dropout", "dropout-no-fold", "by-T"],
+)
+def test_what_is_written_over_is_so_in_pytorch(
+    config: ExportConfig, between: Callable[[Tensor, int], Tensor], tmp_path: Path
+) -> None:
+    net, x = classifier(_Between(between)), digits().images[:9]
+    with torch.no_grad():
+        expected = net(torch.from_numpy(x), 3).transpose(0, 1)
+    engine = unchecked(net, tmp_path / "m.onnx", config)
+    torch.testing.assert_close(torch.from_numpy(engine.run(x, 3).per_step), expected)
+
+
+def test_a_bound_that_is_a_number_of_steps_is_refused_beside_a_fraction(tmp_path: Path) -> None:
+    net = _Between(lambda x, T: x.clamp(-0.5, T))
+    with pytest.raises(ValueError, match=r"torch.onnx cannot export an operation of the network: .*aten\.clamp"):
+        unchecked(net, tmp_path / "m.onnx", ExportConfig(layout="dynamic"))

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx import config as fx_config
 
 from tetdeploy.data import Encoding
-from tetdeploy.folding import FoldingError, fold_batchnorm
+from tetdeploy.folding import DROPOUT, FoldingError, fold_batchnorm
 from tetdeploy.networks import Classifier
 from tetdeploy.wording import first_line
 
@@ -99,7 +99,7 @@ class Tracer:
         boundary = _Boundary(self.classifier, T=T, encoding=self.encoding, step=step).eval()
         inputs, shapes = self.example(T, step)
         try:
-            return torch.export.export(boundary, inputs, dynamic_shapes=shapes)
+            return _without_dropout(torch.export.export(boundary, inputs, dynamic_shapes=shapes))
         except Exception as error:  # torch.export raises many kinds for what a network's code may do
             if T is not None:
                 raise ValueError(f"torch.export cannot trace the network: {reason(error)}") from error
@@ -108,6 +108,16 @@ class Tracer:
                 "the network cannot be traced with the number of steps left open, which the dynamic layout needs; "
                 f"use --layout unrolled. The reason: {reason(error)}"
             ) from error
+
+
+def _without_dropout(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """In inference it gives the very memory that it reads; torch.onnx would take that for other memory."""
+    for node in program.graph.nodes:
+        if node.target in DROPOUT and not node.args[2]:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
 
 
 _GUARDS = {  # what stands in a guard, and why torch made it
