@@ -274,5 +274,5 @@ def test_what_is_written_over_is_so_in_pytorch(
 
 def test_a_bound_that_is_a_number_of_steps_is_refused_beside_a_fraction(tmp_path: Path) -> None:
     net = _Between(lambda x, T: x.clamp(-0.5, T))
-    with pytest.raises(ValueError, match=r"torch.onnx cannot export an operation of the network: .*aten\.clamp"):
+    with pytest.raises(ValueError, match="cannot export an operation of the network"):
         unchecked(net, tmp_path / "m.onnx", ExportConfig(layout="dynamic"))
