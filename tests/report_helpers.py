@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from html.parser import HTMLParser
 from importlib import import_module
@@ -82,6 +82,13 @@ def result(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (content | changes).items() if value is not None}
 
 
+def without(keys: Sequence[str], **changes: Any) -> dict[str, Any]:
+    """A result whose rows lack some numbers."""
+    content = result(**changes)
+    content["rows"] = [{key: value for key, value in row.items() if key not in keys} for row in content["rows"]]
+    return content
+
+
 def write(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
@@ -137,6 +144,7 @@ def sweep(scale: float, **changes: Any) -> dict[str, Any]:
     return content
 
 
+COMPARED = ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error")  # with PyTorch
 MACHINE = {"cpu": "c", "cores": 1, "gpu": None, "provider": "p"}
 EARLY_EXIT: dict[str, Any] = {
     "criterion": "confidence",

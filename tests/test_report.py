@@ -17,7 +17,18 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import EARLY_EXIT, Page, epoch, reached, result, run_folder, without_rendering, write
+from report_helpers import (
+    COMPARED,
+    EARLY_EXIT,
+    Page,
+    epoch,
+    reached,
+    result,
+    run_folder,
+    without,
+    without_rendering,
+    write,
+)
 
 from tetdeploy.cli import main
 from tetdeploy.files import sha256_of
@@ -437,10 +448,7 @@ class TestTraining:
 class TestReading:
     def test_sweep_fills_in_what_a_validation_lacks(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
-        content = result()
-        for row in content["rows"]:
-            row["latency_ms"] = None
-        write(run / "m.validate.json", content)
+        write(run / "m.validate.json", without(["latency_ms"]))
         write(run / "m.sweep.json", result(kind="sweep", extra="kept"))
         (measurement,) = read_results([run]).measurements
         assert [row["latency_ms"] for row in measurement.rows] == [0.5, 1.0, 1.5]
@@ -453,7 +461,7 @@ class TestReading:
         validation["rows"] = [row | {"accuracy": 0.5} for row in validation["rows"] if row["T"] == 2]
         for key in ("layers", "neurons"):
             for entry in validation[key]:
-                entry["rows"] = [row for row in entry["rows"] if row["T"] == 2]
+                entry["rows"] = [row | {"firing_rate": 0.5} for row in entry["rows"] if row["T"] == 2]
         write(run / "m.validate.json", validation)
         write(run / "m.sweep.json", result(kind="sweep"))
         (m,) = read_results([run]).measurements
@@ -462,6 +470,7 @@ class TestReading:
         for key in ("layers", "neurons", "by_class"):
             assert [entry["name"] for entry in m.content[key]] == [entry["name"] for entry in whole[key]]
             assert all([row["T"] for row in entry["rows"]] == [1, 2, 3] for entry in m.content[key])
+            assert all(entry["rows"][1]["firing_rate"] == 0.5 for entry in m.content[key] if key != "by_class")
 
     def test_steps_of_two_results_stand_in_their_order(self, tmp_path: Path) -> None:
         run, rows = run_folder(tmp_path / "a"), result()["rows"]
@@ -509,8 +518,8 @@ class TestReading:
     def test_of_another_model_or_data_it_is_left_out_and_said(self, tmp_path: Path, key: str, value: Any) -> None:
         run = run_folder(tmp_path / "a")
         own: dict[str, Any] = {"images_sha256": "ab", "runtime": "onnxruntime"}
-        write(run / "m.validate.json", result(**own))
-        write(run / "m.sweep.json", result(kind="sweep", **own | {key: value}))
+        write(run / "m.validate.json", without(COMPARED, **own))
+        write(run / "m.sweep.json", without(COMPARED, kind="sweep", **own | {key: value}))
         results = read_results([run])
         assert results.measurements[0].content[key] == result(**own)[key]
         assert f"m.sweep.json is left out: it and m.validate.json differ in {key}." in results.notes[0]
@@ -523,10 +532,7 @@ class TestReading:
             row["accuracy"] = 0.5
         write(run / "m.validate.json", few)
         write(run / "m.early-exit.json", result(kind="early-exit", images_sha256="cd", num_samples=20_000))
-        sweep = result(kind="sweep", images_sha256="cd", num_samples=10_000)
-        for row in sweep["rows"]:
-            for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
-                row.pop(key, None)
+        sweep = without(COMPARED, kind="sweep", images_sha256="cd", num_samples=10_000)
         write(run / "m.sweep.json", sweep)
         results = read_results([run])
         (m,) = results.measurements
@@ -535,40 +541,36 @@ class TestReading:
         assert [row["accuracy"] for row in m.rows] == [row["accuracy"] for row in sweep["rows"]]
         assert m.headline["top1_agreement"] == few["rows"][m.T - 1]["top1_agreement"]
 
-    def test_more_images_of_another_model_do_not_lead(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("other", [{"model_sha256": "cd"}, {"data": "other"}], ids=str)
+    def test_more_images_of_another_model_or_data_do_not_lead(self, tmp_path: Path, other: dict[str, str]) -> None:
         run = run_folder(tmp_path / "a")
-        write(run / "m.validate.json", result(model_sha256="ab", num_samples=64))
-        write(run / "m.sweep.json", result(kind="sweep", model_sha256="cd", num_samples=10_000))
+        write(run / "m.validate.json", result(num_samples=64))
+        write(run / "m.sweep.json", result(kind="sweep", num_samples=10_000, **other))
         (m,) = read_results([run]).measurements
-        assert (m.content["model_sha256"], m.content["num_samples"]) == ("ab", 64)
+        assert (m.content["kind"], m.content["num_samples"]) == ("validate", 64)
 
     def test_what_an_older_file_does_not_say_is_no_difference(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
-        write(run / "m.validate.json", result(images_sha256="ab", runtime="openvino", device="cuda"))
+        write(run / "m.validate.json", result(images_sha256="ab", runtime="openvino", device="cuda", model_sha256=None))
         write(run / "m.sweep.json", result(kind="sweep", device=None, constants=None))
         assert read_results([run]).notes == ()
 
     def test_a_result_without_latencies_may_be_of_another_device(self, tmp_path: Path) -> None:
-        untimed = result(kind="early-exit", device="cuda")
-        for row in untimed["rows"]:
-            del row["latency_ms"]
+        on = {"cpu": "c", "cores": 2, "gpu": "H100", "provider": "CUDA"}
+        untimed = without(["latency_ms"], kind="early-exit", device="cuda", early_exit=EARLY_EXIT, machine=on)
         run = run_folder(tmp_path / "a")
         write(run / "m.early-exit.json", untimed)
         write(run / "m.sweep.json", result(kind="sweep"))
-        assert read_results([run]).notes == ()
+        results = read_results([run])
+        assert results.notes == () and results.measurements[0].content["device"] == "cpu"
+        section = next(s for s in document_of(results).sections if s.title == "Early exit")
+        assert any("Timed on c, 2 cores, H100, CUDA." in b.caption for b in section.blocks if isinstance(b, Table))
 
     @pytest.mark.parametrize("other", [{"device": "cuda"}, {"model_sha256": "cd" * 32}], ids=str)
     def test_agreement_of_another_device_or_model_is_left_out(self, tmp_path: Path, other: dict[str, str]) -> None:
-        sweep = result(kind="sweep")
-        for row in sweep["rows"]:
-            for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
-                del row[key]
-        kept = result(data="reference images", **other)
-        for row in kept["rows"]:
-            row["accuracy"] = None
         run = run_folder(tmp_path / "a")
-        write(run / "m.sweep.json", sweep)
-        write(run / "m.validate.json", kept)
+        write(run / "m.sweep.json", without(COMPARED, kind="sweep"))
+        write(run / "m.validate.json", without(["accuracy"], data="reference images", **other))
         (note,) = read_results([run]).notes
         assert f"m.validate.json is left out: it and m.sweep.json differ in data, {next(iter(other))}." in note
 
@@ -591,9 +593,7 @@ class TestReading:
         run = run_folder(tmp_path / "a")
         checkpoint = run / "checkpoint.safetensors"
         checkpoint.write_bytes(b"of a later epoch")
-        kept = result(data="reference images", checkpoint_sha256="cd" * 32)
-        for row in kept["rows"]:
-            row["accuracy"] = None
+        kept = without(["accuracy"], data="reference images", checkpoint_sha256="cd" * 32)
         file = write(run / "model-T3.validate.json", kept)
         (note,) = read_results([file]).notes
         assert f"{file} is of another checkpoint (cdcdcdcdcdcd) than that of {run}" in note
@@ -659,11 +659,7 @@ class TestReading:
             row["local_mismatch_rate"] = 7e-6
         kept["neurons"][0] |= {"spike_mismatch_rate": 5e-6, "margin": {"local": {"max": 0.25}}}
         write(run / "m.validate.json", kept)
-        sweep = result(kind="sweep")
-        for row in sweep["rows"]:
-            for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
-                del row[key]
-        write(run / "m.sweep.json", sweep)
+        write(run / "m.sweep.json", without(COMPARED, kind="sweep"))
         results = read_results([run])
         (m,) = results.measurements
         assert results.notes == ()
@@ -675,10 +671,10 @@ class TestReading:
         assert "a: the exported model against PyTorch on the 64 images that its export kept." in found
 
     def test_agreement_alone_is_compared_with_any_data(self, tmp_path: Path) -> None:
-        kept = result(data="reference images")
-        for row in kept["rows"]:
-            row["accuracy"] = None
-        files = [write(tmp_path / "a.json", kept), write(tmp_path / "b.json", result())]
+        files = [
+            write(tmp_path / "a.json", without(["accuracy"], data="reference images")),
+            write(tmp_path / "b.json", result()),
+        ]
         results = read_results(files)
         assert "different images (a: 200 reference images, b: 200 images of digits)" in results.notes[0]
 

@@ -46,6 +46,7 @@ _EARLY_EXIT = {
     "speedup!": AMOUNT,
 }
 _TIMES = ("median_ms!", "p95_ms!", "p99_ms!", "images_per_s!")
+_MACHINE = {"cpu!": str, "cores!": STEP, "gpu": str, "provider!": str}
 RESULT = {
     "model!": str,
     "data!": str,
@@ -80,6 +81,7 @@ RESULT = {
     "constants": {"ac_pj!": AMOUNT, "mac_pj!": AMOUNT, "source!": str, "by_layer": str},
     "by_class": [{"name!": str, "num_samples!": AMOUNT, "accuracy!": [FRACTION]}],
     "early_exit": _EARLY_EXIT,
+    "machine": _MACHINE,
     "agreement": {"with": str, "num_images": AMOUNT, "data": str},
     "gates": [
         {"key!": str, "T!": STEP, "wanted!": NUMBER, "at_most": bool, "unit": str, "got": NUMBER, "passed!": bool}
@@ -89,7 +91,7 @@ BENCH = {
     "kind!": str,
     "model!": str,
     "rows!": [{**dict.fromkeys(("T!", "threads!", "batch!", "calls!"), STEP), **dict.fromkeys(_TIMES, AMOUNT)}],
-    "machine!": {"cpu!": str, "cores!": STEP, "gpu": str, "provider!": str},
+    "machine!": _MACHINE,
     "model_sha256": str,
     "checkpoint_sha256": str,
     "device": str,

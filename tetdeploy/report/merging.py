@@ -94,8 +94,7 @@ def _timed(content: Mapping[str, Any]) -> bool:
 
 def _filled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """`first`, and what it lacks from `second`: steps, layers, classes, and what a row of either lacks."""
-    entries = {key: (first.get(key) or [], second.get(key) or []) for key in _ENTRIES}
-    parts = {key: _by_name(*both) for key, both in entries.items() if any(both)}
+    parts = {key: _by_name(first.get(key) or [], second.get(key) or []) for key in _ENTRIES}
     return _joined(first, second) | parts | {"rows": _by_T(first["rows"], second["rows"])}
 
 

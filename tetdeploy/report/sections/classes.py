@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from tetdeploy.report.document import NONE, Block, Note, Row, Section, Table
 from tetdeploy.report.entry_plot import plot_by_entry
 from tetdeploy.report.numbers import percent
@@ -53,6 +55,4 @@ def _compact(m: Measurement) -> tuple[Block, ...]:
     spread = ", ".join(f"{10 * k}-{10 * k + 10} %: {n}" for k, n in enumerate(tenths) if n)
     caption = f"{m.heading} at T={m.T}: the lowest and the highest of {len(values)} classes."
     table = Table(caption, ("lowest", "accuracy", "highest", "accuracy"), rows)
-    return table, Note(
-        f"{m.name}: classes by accuracy: {spread}. Median {percent(values[ordered[len(ordered) // 2]])}."
-    )
+    return table, Note(f"{m.name}: classes by accuracy: {spread}. Median {percent(median(values.values()))}.")

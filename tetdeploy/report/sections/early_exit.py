@@ -9,6 +9,7 @@ from tetdeploy.report.document import Note, Plot, Row, Section, Table
 from tetdeploy.report.drawing import draw, energy_axis, energy_unit, mark, percent_axis, short, whole_numbers
 from tetdeploy.report.early_exit import compared, rule, turned
 from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.tables import hardware
 
 _NOTE = (
     "An image stops as soon as its answer is certain enough, by the softmax of the mean logits so far, and leaves the "
@@ -86,4 +87,6 @@ def _shares(early: dict[str, Any]) -> list[tuple[int, float]]:
 def _table(m: Measurement) -> Table:
     early = m.content["early_exit"]
     caption = f"{m.name}: {m.images}, stopping at {rule(early)}. {turned(early)}"
+    if on := m.content.get("machine"):  # not always where the latencies of the same model were measured
+        caption += f" Timed on {hardware(on)}, {on['provider']}."
     return Table(caption, ("", f"T={early['T']}", "early exit", ""), tuple(compared(early)))
