@@ -204,6 +204,7 @@ class TestSections:
         assert "Pareto front" not in found
         assert "Accuracy by time steps and energy" not in found
         assert "Agreement with PyTorch" in found
+        assert "Pareto front" not in sections(read_results([write(tmp_path / "b.json", without(["energy_pj"]))]))
 
     def test_many_classes_are_shown_in_short(self, tmp_path: Path) -> None:
         classes = [{"name": f"c{k:03}", "num_samples": 10, "accuracy": [k / 100] * 3} for k in range(100)]
@@ -442,6 +443,10 @@ class TestTraining:
             write(snn / "m.sweep.json", content)
             results = read_results([snn, ann])
             assert results.twin_energy(results.sources[1].run) == 4.6e6  # type: ignore[arg-type]
+        write(snn / "m.sweep.json", int8 | {"ann": None})
+        assert read_results([snn, ann]).twin_energy(read_run(ann)) is None
+        write(snn / "n.sweep.json", result(kind="sweep"))
+        assert read_results([snn, ann]).twin_energy(read_run(ann)) == 6.8e6
 
 
 @pytest.mark.usefixtures("_unrendered")
@@ -479,8 +484,8 @@ class TestReading:
         assert [row["T"] for row in read_results([run]).measurements[0].rows] == [1, 2, 3]
 
     def test_the_T_of_the_training_is_the_results_before_the_runs(self, tmp_path: Path) -> None:
-        run = run_folder(tmp_path / "a", T=3)  # trained anew since
-        for trained_T, T in ((2, 2), (None, 3)):
+        run = run_folder(tmp_path / "a", T=1)  # trained anew since
+        for trained_T, T in ((2, 2), (None, 1)):
             write(run / "m.sweep.json", result(kind="sweep", trained_T=trained_T))
             assert read_results([run]).measurements[0].T == T
 

@@ -131,6 +131,9 @@ def test_without_a_row_of_the_training_s_T_the_largest_leads_and_none_is_marked(
     neurons, _ = tables(results, "Firing rate and energy by layer")
     assert not costs.marked and costs.rows[2][0] == "3" and neurons.headers[2:] == ("T=1", "T=2", "T=3")
     assert len(painted["sections.accuracy"][0].lines) == 1  # no ring
+    assert "T of the training" not in repr(document_of(results))
+    assert "Accuracy of each class at T=3." in said(results, "Accuracy by class")
+    assert "Accuracy of each class at the T of the training (T=2)." in said(shown(tmp_path), "Accuracy by class")
 
 
 def test_every_model_has_the_T_of_its_training_in_the_caption(tmp_path: Path) -> None:
@@ -311,6 +314,11 @@ def test_a_point_of_the_front_has_its_deviations(tmp_path: Path) -> None:
             ),
         ),
         (
+            (without(["accuracy"]),),
+            (),
+            ("a: its means are of 1 of 2 seeds; seed-1 has no result (export, then sweep).",),
+        ),
+        (
             (sweep(2.0, constants={"ac_pj": 0.03, "mac_pj": 0.23, "source": "given"}),),
             (),
             ("a: the seeds stand each by itself, as their results differ in constants.",),
@@ -326,7 +334,7 @@ def test_a_point_of_the_front_has_its_deviations(tmp_path: Path) -> None:
             ("a: the seeds stand each by itself, as their results differ in T.",),
         ),
     ],
-    ids=["alike", "one unfinished", "all unfinished", "prices", "some T", "no T"],
+    ids=["alike", "one unfinished", "all unfinished", "one unlabelled", "prices", "some T", "no T"],
 )
 def test_of_which_seeds_the_means_are_is_said(
     tmp_path: Path, others: tuple[dict[str, Any] | None, ...], unfinished: tuple[int, ...], notes: tuple[str, ...]
@@ -375,7 +383,7 @@ def test_the_mean_of_results_is_that_of_each_number_that_all_have() -> None:
     two = {"a": 2, "b": False, "c": "y", "rows": [{"T": 2, "y": 6.0}, {"T": 3, "y": 1.0}], "same": [1, 2]}
     wanted = {"a": 1.5, "b": None, "c": None, "rows": [{"T": 2, "y": 5.5}], "same": [1, 2]}
     assert mean_of([one, two]) == wanted
-    assert mean_of([{"y": None}, {"y": 1.0}]) == {"y": None}
+    assert [mean_of([None, other]) for other in (1.0, {"y": 1.0}, [1.0])] == [None] * 3
 
 
 def test_a_stage_has_its_T_and_its_epochs(tmp_path: Path) -> None:

@@ -137,8 +137,8 @@ main(["validate", "run/model-T3.onnx", "--data", "mine.npz", "--fail-under", "ag
         assert 0 < written()["rows"][2]["accuracy"] < 1
 
     def test_fewer_steps_give_the_same_numbers(self) -> None:
-        run(MODEL, "--json", "all.json")
-        run(MODEL, "--T", "2", "--json", "two.json")
+        assert "* the T of the training" in run(MODEL, "--json", "all.json").output
+        assert "the T of the training" not in run(MODEL, "--T", "2", "--json", "two.json").output
         (two,) = written("two.json")["rows"]
         other = written("all.json")["rows"][1]
         for key in ("top1_agreement", "spike_count_error", "energy_pj", "firing_rate"):

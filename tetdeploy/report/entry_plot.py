@@ -28,6 +28,7 @@ def plot_by_entry(
         part, key: of the measurements' JSON: the list of entries, and the number in the row of each.
         label: of the axis.
         size: of its unit.
+        caption: to which "at T=2." is added.
     """
     values = {m.name: m.by_entry(part, key) for m in measured}
     names = list(dict.fromkeys(name for found in values.values() for name in found))
@@ -50,10 +51,12 @@ def plot_by_entry(
         axes.set_xlabel(label)
 
     at = ", ".join(dict.fromkeys(f"T={m.T}" for m in measured))
+    if all(m.trained_T == m.T for m in measured):
+        at = f"the T of the training ({at})"
     highest = [f"{m.name}: most in {max(v, key=lambda n: v[n])}" for m in measured if (v := values[m.name])]
     return draw(
         paint,
         description=f"{label} by name, {len(names)} of them. {'; '.join(highest)}",
-        caption=caption.removesuffix(".") + f" ({at}).",
+        caption=f"{caption} at {at}.",
         height=max(_SMALLEST, 0.7 + max(_ROW, _DOT * len(measured)) * len(names)),
     )

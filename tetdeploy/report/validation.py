@@ -41,7 +41,8 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Text | T
     if agreement is not None:
         yield _heading(agreement)
         yield rows_table(rows, _AGREEMENT, trained_T)
-        yield Text(f"* the T of the training; {_reading(agreement)}", "dim")
+        star = "* the T of the training; " if trained_T in [row["T"] for row in rows] else ""
+        yield Text(f"{star}{_reading(agreement)}", "dim")
     if layers:
         yield f"layers of neurons, T={rows[-1]['T']}{_seen_by_both(result)}"
         yield _neurons_table(result["neurons"])

@@ -125,7 +125,7 @@ def _ends(m: Measurement) -> str:
 
 
 def _steps_caption(measured: Sequence[Measurement]) -> str:
-    trained = {f"{m.name}: T={m.trained_T}": m.trained_T for m in measured if m.trained_T}
+    trained = {f"{m.name}: T={m.trained_T}": m.trained_T for m in measured if m.trained_T == m.T}
     same = len(set(trained.values())) == 1
     listed = f"T={next(iter(trained.values()))}" if same else ", ".join(trained)
     ring = f" A ring marks the T of the training ({listed})." if trained else ""

@@ -14,13 +14,13 @@ _ENDS = 8
 
 
 def accuracy_by_class(results: Results) -> Section | None:
-    """At the T of the training."""
+    """At the headline's T."""
     measured = [m for m in results.series if m.by_entry("by_class", "accuracy")]
     if not measured:
         return None
     if max(len(m.content["by_class"]) for m in measured) > _FEW:
         return Section("Accuracy by class", tuple(block for m in measured for block in _compact(m)))
-    caption = "Accuracy of each class at the T of the training."
+    caption = "Accuracy of each class"
     plot = plot_by_entry(results, measured, "by_class", "accuracy", label="accuracy (%)", size=0.01, caption=caption)
     return Section("Accuracy by class", (Row((plot, _table(measured))),))
 

@@ -13,7 +13,7 @@ from tetdeploy.report.results import Measurement, Results
 
 
 def layers(results: Results) -> Section | None:
-    """At the T of the training as plots; firing rates at every T as a table."""
+    """At the headline's T as plots; firing rates at every T as a table."""
     firing = [m for m in results.series if m.by_entry("neurons", "firing_rate")]
     costing = [m for m in results.series if m.by_entry("layers", "energy_pj")]
     plots = [_firing_plot(results, firing)] if firing else []
@@ -24,14 +24,14 @@ def layers(results: Results) -> Section | None:
 
 
 def _firing_plot(results: Results, measured: Sequence[Measurement]) -> Plot:
-    caption = "Firing rate of each layer of neurons, from the input (top) to the output, at the T of the training."
+    caption = "Firing rate of each layer of neurons, from the input (top) to the output,"
     label = "spikes per neuron and step"
     return plot_by_entry(results, measured, "neurons", "firing_rate", label=label, caption=caption)
 
 
 def _energy_plot(results: Results, measured: Sequence[Measurement]) -> Plot:
     unit, size = energy_unit(max(e for m in measured for e in m.by_entry("layers", "energy_pj").values()))
-    caption = "Energy of each convolution and linear layer, from the input (top) on, at the T of the training."
+    caption = "Energy of each convolution and linear layer, from the input (top) on,"
     label = f"energy ({unit} per image)"
     return plot_by_entry(results, measured, "layers", "energy_pj", label=label, size=size, caption=caption)
 
