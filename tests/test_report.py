@@ -687,10 +687,16 @@ class TestReading:
         files = [write(tmp_path / f"{n}.json", result(num_samples=n)) for n in (100, 200)]
         assert "different images (100: 100 images of digits, 200: 200 images of digits)" in read_results(files).notes[0]
 
-    def test_different_devices_are_said(self, tmp_path: Path) -> None:
-        files = [write(tmp_path / f"{device}.json", result(device=device)) for device in (None, "cuda")]
-        note = "The models ran on different devices (cpu, cuda): latencies do not compare."
-        assert read_results(files).notes == (note,)
+    @pytest.mark.parametrize(
+        ("other", "on"), [({"device": "cuda"}, "cuda"), ({"runtime": "openvino"}, "cpu with openvino")], ids=str
+    )
+    def test_different_devices_and_runtimes_are_said(self, tmp_path: Path, other: dict[str, str], on: str) -> None:
+        files = [write(tmp_path / "a.json", result(device=None)), write(tmp_path / "b.json", result(**other))]
+        results = read_results(files)
+        assert results.notes == (
+            f"The models did not all run on the same device and runtime (cpu, {on}): latencies do not compare.",
+        )
+        assert f"Median time of one image at a time, on cpu, {on}. An unrolled" in repr(document_of(results))
 
     def test_a_data_file_counts_by_its_name(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{n}.json", result(data=f"{n}/test.npz")) for n in ("x", "y")]

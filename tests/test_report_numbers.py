@@ -182,11 +182,12 @@ def test_of_many_classes_the_worst_the_best_and_the_median_are_named(tmp_path: P
     assert isinstance(note, Note) and "90-100 %: 11. Median 50.50%" in note.text
 
 
+@pytest.mark.parametrize(("ann_pj", "said"), [(1.36e6, "2 times more energy"), (4.08e6, "1.5 times less energy")])
 @pytest.mark.parametrize("ratio", [True, False], ids=["measured", "of_an_older_file"])
-def test_more_energy_than_the_ann_is_said_as_more(tmp_path: Path, ratio: bool) -> None:
-    rows = [row | {"ann_ratio": 1.36e6 / row["energy_pj"] if ratio else None} for row in result()["rows"]]
-    cards, *_ = blocks(shown(tmp_path, rows=rows, ann={"energy_pj": 1.36e6}), "At a glance")
-    assert isinstance(cards, Cards) and "2 times more energy" in dict(cards.cards[0].facts).values()
+def test_more_energy_than_the_ann_is_said_as_more(tmp_path: Path, ratio: bool, ann_pj: float, said: str) -> None:
+    rows = [row | {"ann_ratio": ann_pj / row["energy_pj"] if ratio else None} for row in result()["rows"]]
+    cards, *_ = blocks(shown(tmp_path, rows=rows, ann={"energy_pj": ann_pj}), "At a glance")
+    assert isinstance(cards, Cards) and said in dict(cards.cards[0].facts).values()
 
 
 def test_differences_by_itself_and_margins_are_those_of_their_name(tmp_path: Path) -> None:
@@ -254,7 +255,9 @@ def test_seeds_stand_in_their_order_and_one_that_finished_has_no_deviation(tmp_p
     for seed in (10, 2):
         run_folder(tmp_path / f"seed-{seed}", seed=seed, metrics=reached(0.8)[: 2 if seed == 2 else 1])
     results = read_results([tmp_path], ["a"])
-    assert said(results, "At a glance")[0] == ("validation accuracy, 1 of 2 seeds", "80.00%")
+    facts = said(results, "At a glance")
+    assert facts[0] == ("validation accuracy, 1 of 2 seeds", "80.00%")
+    assert ("kind", "trained, not exported or not measured") in facts
     assert [*results.sources[0].runs] == ["a seed-2", "a seed-10"]
     (table,) = tables(results, "Seeds")
     assert table.rows[0] == ("2", "2", "80.00%") and table.marked == {2}
@@ -294,9 +297,12 @@ def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, li
     assert tables(results, "Accuracy by class")[0].headers[-2:] == ("one, T=2", "other, T=2")
 
 
-def test_a_point_of_the_front_has_its_deviations(tmp_path: Path) -> None:
+def test_a_point_of_the_front_has_its_deviations(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
     (front,) = tables(read_results([seeds_folder(tmp_path / "a", sweep(1.0), sweep(2.0))]), "Pareto front")
     assert front.rows[1] == ("a", "2", "90.50% ± 0.71%", "4.08 ± 1.92 µJ", "2 ×")
+    energies, accuracies = (bars.get_segments()[1] for bars in painted["sections.pareto"][0].collections)
+    assert energies[:, 0] == pytest.approx([4.08 - 2.72 * 0.5**0.5, 4.08 + 2.72 * 0.5**0.5])
+    assert accuracies[:, 1] == pytest.approx([0.905 - 0.5**0.5 / 100, 0.905 + 0.5**0.5 / 100])
 
 
 @pytest.mark.parametrize(

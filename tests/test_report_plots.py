@@ -103,6 +103,21 @@ def test_a_single_T_has_no_ticks_between_whole_numbers() -> None:
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [4]
 
 
+def test_every_axis_says_what_it_is_and_in_which_unit(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    run = run_folder(tmp_path / "a")
+    write(run / "m.early-exit.json", result(kind="early-exit", early_exit=EARLY_EXIT))
+    document_of(read_results([run]))
+    T, accuracy, energy = "time steps T", "accuracy (%)", "energy (µJ per image)"
+    assert {name: [(one.get_xlabel(), one.get_ylabel()) for one in axes] for name, axes in painted.items()} == {
+        "sections.accuracy": [(T, accuracy), (energy, accuracy)],
+        "sections.pareto": [(energy, accuracy)],
+        "sections.cost": [(T, energy), (T, "latency (ms per image)")],
+        "sections.early_exit": [("time steps taken", "images (%)"), (energy, accuracy)],
+        "entry_plot": [("spikes per neuron and step", ""), (energy, ""), (accuracy, "")],
+        "sections.training": [("epoch", "loss"), ("epoch", accuracy), ("epoch", "learning rate")],
+    }
+
+
 def test_accuracy_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
     report(tmp_path)
     steps, energy = painted["sections.accuracy"]
@@ -144,6 +159,7 @@ def test_the_front_is_drawn_over_all_points(tmp_path: Path, painted: dict[str, l
     assert own == (ENERGIES, [0.91, 0.92, 0.5])
     for line in (front, best):
         assert line == (ENERGIES[:2], ACCURACIES[:2])
+    assert [text.get_text() for text in axes.texts] == ["T=1", "T=2"]
 
 
 def test_costs_by_steps(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
@@ -174,6 +190,9 @@ def test_several_models_stand_beside_each_other(tmp_path: Path, painted: dict[st
     ]
     document_of(read_results(files))
     assert painted["sections.cost"][0].get_ylim() == (0, pytest.approx(1.08 * ENERGIES[-1]))
+    quarter = [energy / 4 for energy in ENERGIES]
+    points = [(ENERGIES, ACCURACIES), ([], []), (quarter, ACCURACIES), (quarter, ACCURACIES)]  # b beats a
+    assert lines(painted["sections.pareto"][0])[1:] == points
     bars = painted["sections.early_exit"][0].patches
     assert [bar.get_x() + bar.get_width() / 2 for bar in bars[::3]] == pytest.approx([0.8, 1.2])
     assert lines(painted["entry_plot"][-1]) == [([92, 72], [-0.15, 0.85]), ([72], [1.15])]

@@ -68,6 +68,12 @@ class Measurement:
         return images_of(self.content["num_samples"], self.content["data"])
 
     @property
+    def ran_on(self) -> str:
+        """What its latencies belong to: `cpu`, `cpu with openvino`."""
+        device, runtime = self.content.get("device") or "cpu", self.content.get("runtime") or "onnxruntime"
+        return str(device) if runtime == "onnxruntime" else f"{device} with {runtime}"
+
+    @property
     def trained_T(self) -> int | None:
         known = self.content.get("trained_T") or (self.run.training.get("T") if self.run else None)
         return None if known is None else int(known)
@@ -369,9 +375,10 @@ def _cautions(sources: Sequence[Source]) -> Iterator[str]:
             for m, sha256 in zip(measured, hashes, strict=True)
         )
         yield f"The models were measured on different images ({listed}): compare them with care."
-    devices = {m.content.get("device", "cpu") for m in measured}
-    if len(devices) > 1:
-        yield f"The models ran on different devices ({', '.join(sorted(devices))}): latencies do not compare."
+    ran_on = {m.ran_on for m in measured}
+    if len(ran_on) > 1:
+        listed = ", ".join(sorted(ran_on))
+        yield f"The models did not all run on the same device and runtime ({listed}): latencies do not compare."
 
 
 def _refuse_different(what: str, data: Mapping[str, str]) -> None:

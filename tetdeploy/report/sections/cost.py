@@ -77,10 +77,8 @@ def _energy_axis(measured: Sequence[Measurement]) -> tuple[str, float]:
 
 
 def _latency_caption(measured: Sequence[Measurement]) -> str:
-    devices = ", ".join(
-        dict.fromkeys(str(one.content.get("device", "cpu")) for m in measured for one in m.seeds or (m,))
-    )
-    caption = f"Median time of one image at a time, on {devices}."
+    ran_on = ", ".join(dict.fromkeys(one.ran_on for m in measured for one in m.seeds or (m,)))
+    caption = f"Median time of one image at a time, on {ran_on}."
     unrolled = [m.name for m in measured if m.content.get("layout") == "unrolled"]
     always = "An unrolled graph always runs all of its steps: it takes as long for every T"
     return f"{caption} {always} ({', '.join(unrolled)})." if unrolled else caption

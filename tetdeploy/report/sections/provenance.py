@@ -40,6 +40,7 @@ def _measurement_table(m: Measurement) -> Table:
         "data": m.images,
         "their SHA-256": content.get("images_sha256"),
         "device": content.get("device"),
+        "runtime": content.get("runtime"),
         "measured": content.get("created"),
         "versions": versions(content.get("versions")),
     }
