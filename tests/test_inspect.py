@@ -261,6 +261,11 @@ class TestTables:
             (MODEL | {"normalization": {"mean": [0]}}, "input", "[1, 8, 8] uint8; normalised inside the graph"),
             (MODEL | {"source": OWN}, "network", "nets:mine"),
             (MODEL | {"source": {"training": {"loss": "tet", "lam": None}}}, "training", "T=None, None epochs, TET"),
+            (
+                MODEL | {"source": {"training": {"T": 2, "epochs": 9, "loss": "sdt", "switch_to_tet": 3, "lam": 0.05}}},
+                "training",
+                "T=2, 9 epochs, SDT for 3 epochs, then TET λ=0.05",
+            ),
             (MODEL | {"source": TIT}, "training", "TIT 2:3, SDT, optimizer adamw, lr 0.002, seed 7"),
             (
                 MODEL | {"source": {"training": TRAINING | {"qat": True}}},

@@ -152,7 +152,9 @@ def _training(training: Mapping[str, Any]) -> str:
         f"TIT {training['tit']}" if training.get("tit") else f"T={training.get('T')}, {training.get('epochs')} epochs"
     )
     loss = str(training.get("loss", "")).upper()
-    lam = f" λ={training['lam']:g}" if loss == "TET" and training.get("lam") is not None else ""
+    if first := training.get("switch_to_tet"):
+        loss += f" for {first} epochs, then TET"
+    lam = f" λ={training['lam']:g}" if loss.endswith("TET") and training.get("lam") is not None else ""
     rest = ", ".join(
         f"{name} {training[name]}" for name in ("optimizer", "lr", "batch_size", "seed") if name in training
     )
