@@ -372,6 +372,7 @@ def test_of_a_single_seed_no_bars_are_spoken_of(tmp_path: Path, painted: dict[st
     results = read_results([seeds_folder(tmp_path / "a", sweep(1.0), None)])
     captions = [item.caption for section in CURVES for item in items(results, section) if isinstance(item, Plot)]
     assert captions and all(caption.endswith("Means over seeds (a: 1 of 2 seeds).") for caption in captions)
+    assert "deviation" not in tables(results, "Cost by time steps")[0].caption
     assert not any(isinstance(drawn, LineCollection) for axes in painted["sections.cost"] for drawn in axes.collections)
 
 

@@ -35,7 +35,7 @@ def summary_of(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "mean_val_accuracy": fmean(accuracies) if accuracies else None,
         "std_val_accuracy": stdev(accuracies) if len(accuracies) > 1 else None,
-        "num_finished": len(accuracies) or len(finished),
+        "num_finished": len(accuracies),
         "runs": entries,
     }
 

@@ -122,7 +122,7 @@ def _left_out(m: Measurement) -> str:
     listed = [
         f"{name.replace('_', ' ')} {count(number)}" + (f" ({energy(energies[name])})" if name in energies else "")
         for name, number in counts.items()
-        if isinstance(number, int | float) and number
+        if number
     ]
     uncounted = [f"the layers {', '.join(map(str, names))}"] if (names := m.content.get("uncounted")) else []
     parts = ([f"{', '.join(listed)} per image and step"] if listed else []) + uncounted
