@@ -23,11 +23,13 @@ from report_helpers import (
 )
 
 from tetdeploy.files import sha256_of
+from tetdeploy.report import validation
 from tetdeploy.report.document import Block, Cards, Note, Plot, Row, Table
 from tetdeploy.report.drawing import energy_unit
 from tetdeploy.report.means import mean_of
 from tetdeploy.report.page import document_of
 from tetdeploy.report.reading import Run
+from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.training import _duration, _kept
 from tetdeploy.report.tables import layers_table
@@ -198,6 +200,28 @@ def test_differences_by_itself_and_margins_are_those_of_their_name(tmp_path: Pat
     steps, layers = tables(shown(tmp_path, **content), "Agreement with PyTorch")
     assert steps.rows[1] == ("2", "99.50%", "2 ppm", "1 ppm", "1.0e-05")
     assert layers.rows == (("lif2", "3 ppm", "1 ppm", "4.0e-07", "5.0e-01"),)
+
+
+def test_each_number_of_a_validation_is_in_its_column_of_the_terminal() -> None:
+    rates = {"top1_agreement": 0.99, "spike_mismatch_rate": 2e-6, "local_mismatch_rate": 3e-6}
+    rates |= {"spike_count_error": 4e-6, "max_abs_logit_error": 5e-5}
+    own = {"engine_accuracy": 0.91, "torch_accuracy": 0.92, "torch_latency_ms": 7.0}
+    medians = {"differing": 1e-7, "local": 2e-7, "every": 0.3}
+    margin = {name: {"count": 8, "median": median, "max": 4e-7} for name, median in medians.items()}
+    content = result(agreement={"with": "checkpoint", "num_images": 50, "checkpoint_sha256": "cd" * 32}, uncounted=[])
+    content["agreement"]["margin"] = margin
+    content["rows"] = [row | rates | own for row in content["rows"]]
+    fired = {"engine_firing_rate": 0.125, "torch_firing_rate": 0.25, "margin": margin}
+    content["neurons"] = [layer | rates | fired for layer in content["neurons"]]
+    _, costs, heading, compared, note, _, layers = validation.shown(content, layers=True)
+    shown_tables = [table for table in (costs, compared, layers) if isinstance(table, ResultTable)]
+    assert [[list(column.cells)[1] for column in table.columns] for table in shown_tables] == [
+        ["2*", "92.00%", "0.100", "2 M", "200 k", "2.72 µJ", "1.00 ms", "7.00 ms"],
+        ["2*", "91.00%", "92.00%", "99.00%", "2 ppm", "3 ppm", "4 ppm", "5.0e-05"],
+        ["lif2", "0.125", "0.250", "2 ppm", "3 ppm", "4 ppm", "1e-07", "2e-07", "3e-01"],
+    ]
+    assert heading == "beside PyTorch on 50 images, checkpoint cdcdcdcdcdcd"
+    assert str(note).endswith("|u - v_th| / v_th is 2.0e-07 (median of 8; at most 4.0e-07)")
 
 
 def test_the_epoch_that_was_kept_has_its_own_numbers_and_the_run_all_its_time() -> None:
