@@ -562,7 +562,9 @@ class TestReading:
 
     def test_a_result_without_latencies_may_be_of_another_device(self, tmp_path: Path) -> None:
         on = {"cpu": "c", "cores": 2, "gpu": "H100", "provider": "CUDA"}
-        untimed = without(["latency_ms"], kind="early-exit", device="cuda", early_exit=EARLY_EXIT, machine=on)
+        untimed = without(
+            ["latency_ms", *COMPARED], kind="early-exit", device="cuda", early_exit=EARLY_EXIT, machine=on
+        )
         run = run_folder(tmp_path / "a")
         write(run / "m.early-exit.json", untimed)
         write(run / "m.sweep.json", result(kind="sweep"))
@@ -574,10 +576,11 @@ class TestReading:
     @pytest.mark.parametrize("other", [{"device": "cuda"}, {"model_sha256": "cd" * 32}], ids=str)
     def test_agreement_of_another_device_or_model_is_left_out(self, tmp_path: Path, other: dict[str, str]) -> None:
         run = run_folder(tmp_path / "a")
-        write(run / "m.sweep.json", without(COMPARED, kind="sweep"))
         write(run / "m.validate.json", without(["accuracy"], data="reference images", **other))
-        (note,) = read_results([run]).notes
-        assert f"m.validate.json is left out: it and m.sweep.json differ in data, {next(iter(other))}." in note
+        for kind, lacking in (("early-exit", ["latency_ms", *COMPARED]), ("sweep", COMPARED)):
+            write(run / f"m.{kind}.json", without(lacking, kind=kind))
+            told = f"m.validate.json is left out: it and m.{kind}.json differ in data, {next(iter(other))}."
+            assert [told in note for note in read_results([run]).notes] == [True]
 
     def test_a_result_of_another_model_than_lies_beside_it_is_told(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

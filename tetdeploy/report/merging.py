@@ -16,7 +16,7 @@ AGREEMENT = (
     "max_abs_logit_error",
     "margin",
 )
-_LATENCY = ("device", "runtime")  # what latencies belong to
+_DEVICE = ("device", "runtime")  # what latencies and agreement belong to
 _ENTRIES = ("layers", "neurons", "by_class")  # each with rows by T
 
 
@@ -43,7 +43,7 @@ def merged(contents: Mapping[Path, dict[str, Any]]) -> tuple[dict[str, Any], lis
         differing = apart(content, other)
         if not differing:
             content = _filled(content, other)
-        elif not {"model_sha256", *_LATENCY} & {*differing} and not agrees(content) and agrees(other):
+        elif not {"model_sha256", *_DEVICE} & {*differing} and not agrees(content) and agrees(other):
             content = _with_agreement(content, other)
         else:
             notes.append(f"{file} is left out: it and {first.name} differ in {', '.join(differing)}.")
@@ -82,9 +82,9 @@ def _of_most_images(ordered: Sequence[Path], contents: Mapping[Path, Mapping[str
 
 def apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What tells two results apart: another model, other images or prices, or another device for the
-    latencies of both. What only one of them says is no difference."""
+    latencies of both or the agreement of the second. What only one of them says is no difference."""
     keys = ["data", "num_samples", "images_sha256", "model_sha256", "constants"]
-    keys += _LATENCY if _timed(first) and _timed(second) else ()
+    keys += _DEVICE if (_timed(first) and _timed(second)) or agrees(second) else ()
     return [key for key in keys if first.get(key) and second.get(key) and first[key] != second[key]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import median
 
 from tetdeploy.report.document import NONE, Block, Note, Row, Section, Table
@@ -51,8 +52,8 @@ def _compact(m: Measurement) -> tuple[Block, ...]:
     rows = tuple(
         (worst, percent(values[worst]), best, percent(values[best])) for worst, best in zip(low, high, strict=True)
     )
-    tenths = [sum(int(v * 10) == k or (k == 9 and v == 1) for v in values.values()) for k in range(10)]
-    spread = ", ".join(f"{10 * k}-{10 * k + 10} %: {n}" for k, n in enumerate(tenths) if n)
+    tenths = Counter(min(int(10 * value), 9) for value in values.values())
+    spread = ", ".join(f"{10 * k}-{10 * k + 10} %: {n}" for k, n in sorted(tenths.items()))
     caption = f"{m.heading} at T={m.T}: the lowest and the highest of {len(values)} classes."
     table = Table(caption, ("lowest", "accuracy", "highest", "accuracy"), rows)
     return table, Note(f"{m.name}: classes by accuracy: {spread}. Median {percent(median(values.values()))}.")
