@@ -193,6 +193,8 @@ def test_several_models_stand_beside_each_other(tmp_path: Path, painted: dict[st
     quarter = [energy / 4 for energy in ENERGIES]
     points = [(ENERGIES, ACCURACIES), ([], []), (quarter, ACCURACIES), (quarter, ACCURACIES)]  # b beats a
     assert lines(painted["sections.pareto"][0])[1:] == points
+    names = [axes.get_legend_handles_labels()[1] for plots in painted.values() for axes in plots]
+    assert len(names) == 10 and all(name in (["a", "b"], ["Pareto front", "a", "b"]) for name in names)
     bars = painted["sections.early_exit"][0].patches
     assert [bar.get_x() + bar.get_width() / 2 for bar in bars[::3]] == pytest.approx([0.8, 1.2])
     assert lines(painted["entry_plot"][-1]) == [([92, 72], [-0.15, 0.85]), ([72], [1.15])]
@@ -200,8 +202,12 @@ def test_several_models_stand_beside_each_other(tmp_path: Path, painted: dict[st
 
 def test_curves_are_those_of_their_key_and_change_between_epochs(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
     metrics = [epoch(1, loss="sdt"), epoch(2, T=6, val_accuracy=0.9)]
-    document_of(read_results([run_folder(tmp_path / "a", metrics=metrics)]))
-    loss, accuracy, rates = painted["sections.training"]
+    runs = [run_folder(tmp_path / "a", metrics=metrics), run_folder(tmp_path / "b")]
+    document_of(read_results(runs[:1]))
+    document_of(read_results(runs))
+    names = [axes.get_legend_handles_labels()[1] for axes in painted["sections.training"]]
+    assert names == [["training", "validation"]] * 2 + [["a"]] + [["a", "b"]] * 3
+    loss, accuracy, rates, *_ = painted["sections.training"]
     assert lines(loss) == [([1.5, 1.5], [0, 1]), ([1, 2], [1.0, 0.5]), ([1, 2], [1.1, 0.55])]
     assert lines(accuracy)[1:] == [([1, 2], [0.8, 0.8]), ([1, 2], [0.85, 0.9])]
     assert lines(rates) == [([1, 2], [0.002, 0.001])]
