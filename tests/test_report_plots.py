@@ -232,3 +232,4 @@ def test_early_exit_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, li
     steps, accuracy = painted["sections.early_exit"]
     assert [bar.get_height() for bar in steps.patches] == pytest.approx([0.6, 0.3, 0.1])
     assert lines(accuracy)[-1] == ([2.0], [0.9])  # the star, in µJ
+    assert [text.get_text() for text in accuracy.texts] == ["T=1", "T=2", "T=3"]
