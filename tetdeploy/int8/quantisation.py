@@ -34,7 +34,6 @@ from torch.nn import functional
 from tetdeploy.arguments import check_flag
 from tetdeploy.folding import (
     CONVOLUTIONS,
-    DROPOUT,
     MOVES,
     VIEWS,
     is_parameter,
@@ -345,7 +344,7 @@ _OF_LIST: dict[Any, Callable[[list[int]], int]] = {aten.cat.default: max, aten.s
 _PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _MAXIMA = (aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
 _HAND_ON = {
-    *VIEWS, *MOVES, *DROPOUT, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.dims,
+    *VIEWS, *MOVES, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.dims,
     aten.flip.default, aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, *_MAXIMA,
@@ -374,8 +373,7 @@ def _largest_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
         if node.target in CONVOLUTIONS and node.args[0] in largest:
             read[node] = largest[node.args[0]]
         found, over = _largest_of(node, largest), overwritten(node)
-        shares = node.target in DROPOUT or shares_memory(node)
-        memory[node] = memory[over[0] if over else node.args[0]] if shares else node
+        memory[node] = memory[over[0] if over else node.args[0]] if shares_memory(node) else node
         lost = {memory[value] for value in over}
         largest = {value: most for value, most in largest.items() if memory[value] not in lost}
         if found is not None and found <= _LARGEST_SUM:
@@ -390,8 +388,7 @@ def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
         if fired.target is torch.ops.tetdeploy.lif.default:
             return 1 if node.args[1] == 0 else None
     if _hands_on(node):
-        drops = node.target in DROPOUT and node.args[2]  # in inference, too
-        return None if drops else largest.get(node.args[0])  # type: ignore[arg-type]
+        return largest.get(node.args[0])  # type: ignore[arg-type]
     if node.target is aten.rsub.Scalar:  # 1 - s: with a product it makes AND NOT of spikes
         is_one = node.args[1:] == (1,) and not node.kwargs
         return 1 if is_one and largest.get(node.args[0], 2) <= 1 else None  # type: ignore[arg-type]
