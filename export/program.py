@@ -24,7 +24,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from tetdeploy.folding import parameter
+from tetdeploy.folding import LAYERS, parameter, shares_memory
 
 aten = torch.ops.aten
 _TRANSLATED = {
@@ -64,9 +64,9 @@ _WRITTEN_OTHERWISE = {
     aten.movedim.int, aten.movedim.intlist, aten.chunk.default, aten.to.dtype, aten.rsub.Scalar,
     aten.adaptive_avg_pool2d.default,
 }  # fmt: skip
-_OF_OWN_MEMORY = {  # which give something that is not yet seen anywhere
-    *_IN_PLACE, *_IN_PLACE.values(), aten.sub.Tensor, aten.div.Tensor, torch.ops.tetdeploy.int8_conv.default,
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.matmul.default,
+_OF_OWN_MEMORY = {  # which give memory that nothing else sees; einsum may give its input's, whatever its schema says
+    *LAYERS, torch.ops.tetdeploy.int8_conv.default, aten.matmul.default,
+    *_IN_PLACE.values(), aten.sub.Tensor, aten.div.Tensor,
 }  # fmt: skip
 _ASSERTION = aten._assert_tensor_metadata.default
 
@@ -138,7 +138,7 @@ def _is_known(node: fx.Node, axes: Mapping[str, Any]) -> bool:
 
 def _is_alone(x: Any) -> bool:
     """Whether nothing else reads the memory of `x`: what is written over it may as well be written elsewhere."""
-    while x.target in _VIEWS and len(x.users) == 1:
+    while shares_memory(x) and len(x.users) == 1:
         x = x.args[0]
     return x.target in _OF_OWN_MEMORY and len(x.users) == 1
 

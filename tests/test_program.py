@@ -118,35 +118,17 @@ class _Swapped(nn.Module):
         return self.readout(self.lif(x.expand(T, *x.shape)).cumsum(4).flatten(2))  # type: ignore[no-any-return]
 
 
-class _Over(nn.Module):
-    """Writes over what a layer gave, seen through a view, which another view may see as well, numbers of a type."""
-
-    def __init__(self, *, seen: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.encode, self.conv = nn.Conv2d(1, 4, 3, padding=1), OverTime(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-        self.lif, self.readout = nn.ModuleList([LIF(v_th=0.3), LIF()]), nn.Linear(256, 10)
-        self.seen, self.dtype = seen, dtype
-
-    def forward(self, x: Tensor, T: int) -> Tensor:
-        s = self.lif[0](self.encode(x).expand(T, -1, -1, -1, -1))
-        current = self.conv(s)
-        other = (current if self.seen else s).flatten(2)
-        current += s.to(self.dtype)
-        current *= 1.5
-        return self.readout(self.lif[1](current).flatten(2) + other)  # type: ignore[no-any-return]
-
-
 class _Between(nn.Module):
-    """Something of one's own between a layer and the neurons."""
+    """Something of one's own between a layer, which gives a view, and the neurons: of `(current, spikes, T)`."""
 
-    def __init__(self, between: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(self, between: Callable[[Tensor, Tensor, int], Tensor]) -> None:
         super().__init__()
         self.encode, self.conv = nn.Conv2d(1, 4, 3, padding=1), OverTime(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
         self.lif, self.readout, self.between = nn.ModuleList([LIF(v_th=0.3), LIF()]), nn.Linear(256, 10), between
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         s = self.lif[0](self.encode(x).expand(T, -1, -1, -1, -1))
-        return self.readout(self.lif[1](self.between(self.conv(s), T)).flatten(2))  # type: ignore[no-any-return]
+        return self.readout(self.lif[1](self.between(self.conv(s), s, T)).flatten(2))  # type: ignore[no-any-return]
 
 
 def _content(model: ir.Model) -> list[Any]:
@@ -236,36 +218,41 @@ def test_a_network_with_other_operations_is_left_as_it_is() -> None:
     assert str(folded.graph) == before
 
 
+def _seen_by_a_view(current: Tensor, spikes: Tensor, T: int) -> Tensor:
+    other = current.flatten(3)
+    current += spikes
+    current *= 1.5
+    return current + other.unflatten(3, (8, 8))
+
+
+def _dropped(current: Tensor, spikes: Tensor, T: int) -> Tensor:
+    return nn.functional.dropout(current, training=False).relu_() + current
+
+
 @pytest.mark.parametrize(
-    ("seen", "dtype", "written_elsewhere"),
-    [(False, torch.float32, True), (True, torch.float32, False), (False, torch.float64, False)],
+    ("config", "between", "written_elsewhere"),
+    [
+        (ExportConfig(T=3), lambda x, s, T: x.add_(s).mul_(1.5), True),
+        (ExportConfig(T=3), lambda x, s, T: x.transpose(3, 4).add_(s)[:, :, :4].relu_(), True),
+        (ExportConfig(T=3), lambda x, s, T: x.chunk(2, 2)[0].add_(s[:, :, :2]).repeat(1, 1, 2, 1, 1) + x, False),
+        (ExportConfig(T=3), _seen_by_a_view, False),
+        (ExportConfig(T=3), lambda x, s, T: x.add_(s.double()).mul_(1.5), False),
+        (ExportConfig(T=3), _dropped, False),
+        (ExportConfig(T=3, fold_bn=False), _dropped, False),
+        (ExportConfig(layout="dynamic"), lambda x, s, T: x.mul_(T), False),
+    ],
+    ids=["alone", "views", "part", "seen", "type", "dropout", "dropout-no-fold", "by-T"],
 )
 def test_what_is_written_over_is_written_elsewhere_only_if_nothing_else_sees_it_nor_types_differ(
-    seen: bool, dtype: torch.dtype, written_elsewhere: bool, tmp_path: Path
-) -> None:
-    net = classifier(_Over(seen=seen, dtype=dtype))
-    tracer = Tracer(net, encoding="direct", uint8=True)
-    assert (program.as_program(tracer.folded(3), tracer.program(3)) is not None) == written_elsewhere
-    x = digits().images[:9]
-    with torch.no_grad():
-        expected = net(torch.from_numpy(x), 3).transpose(0, 1)
-    engine = unchecked(net, tmp_path / "m.onnx", ExportConfig(T=3))
-    torch.testing.assert_close(torch.from_numpy(engine.run(x, 3).per_step), expected)
-
-
-@pytest.mark.parametrize(
-    ("config", "between"),
-    [
-        (ExportConfig(T=3), lambda x, T: nn.functional.dropout(x, training=False).relu_() + x),
-        (ExportConfig(T=3, fold_bn=False), lambda x, T: nn.functional.dropout(x, training=False).relu_() + x),
-        (ExportConfig(layout="dynamic"), lambda x, T: x.mul_(T)),
-    ],
-    ids=["dropout", "dropout-no-fold", "by-T"],
-)
-def test_what_is_written_over_is_so_in_pytorch(
-    config: ExportConfig, between: Callable[[Tensor, int], Tensor], tmp_path: Path
+    config: ExportConfig,
+    between: Callable[[Tensor, Tensor, int], Tensor],
+    written_elsewhere: bool,
+    tmp_path: Path,
 ) -> None:
     net, x = classifier(_Between(between)), digits().images[:9]
+    tracer = Tracer(net, encoding="direct", uint8=True)
+    once = program.as_program(tracer.folded(config.steps), tracer.program(config.steps))
+    assert (once is not None) == written_elsewhere
     with torch.no_grad():
         expected = net(torch.from_numpy(x), 3).transpose(0, 1)
     engine = unchecked(net, tmp_path / "m.onnx", config)
@@ -273,6 +260,6 @@ def test_what_is_written_over_is_so_in_pytorch(
 
 
 def test_a_bound_that_is_a_number_of_steps_is_refused_beside_a_fraction(tmp_path: Path) -> None:
-    net = _Between(lambda x, T: x.clamp(-0.5, T))
+    net = _Between(lambda x, s, T: x.clamp(-0.5, T))
     with pytest.raises(ValueError, match="cannot export an operation of the network"):
         unchecked(net, tmp_path / "m.onnx", ExportConfig(layout="dynamic"))
