@@ -91,14 +91,15 @@ def test_engines_and_triton_repositories_need_no_torch() -> None:
     assert not loaded & {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 
 
-def test_running_an_engine_sends_nothing_to_anyone(tmp_path: Path) -> None:
-    """ONNX Runtime 1.29 and later report to Microsoft unless told not to, and keep an identifier in the home folder."""
-    code = f"import tetdeploy; tetdeploy.Engine({str(exported('dynamic'))!r})"
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
-    }
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_running_an_engine_sends_nothing_to_anyone(runtime: str, tmp_path: Path) -> None:
+    """Both report home unless told not to (OpenVINO: but in CI), and keep an identifier in the home folder."""
+    pytest.importorskip(runtime, reason="openvino is not installed (extra openvino)")
+    code = f"import tetdeploy; tetdeploy.Engine({str(exported('dynamic'))!r}, runtime={runtime!r})"
+    told = {"ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI", "TF_BUILD", "JENKINS_URL"}
+    kept = {name: value for name, value in os.environ.items() if name not in told}
     subprocess.run([sys.executable, "-c", code], env=kept | {"HOME": str(tmp_path)}, check=True, timeout=120)
-    assert not list(tmp_path.rglob("*onnxruntime*"))
+    assert not [*tmp_path.rglob("*onnxruntime*"), *tmp_path.rglob("*openvino*")]
 
 
 def test_running_an_engine_loads_no_torch(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -98,6 +99,9 @@ def _core() -> Any:
     """One for the whole process. OpenVINO's CPU plugin gives the thread a signal stack and, when the last model of a
     core goes, puts back what was there before: of two cores that may be the other's, freed, and the next signal
     (Ctrl-C) ends the process with a segmentation fault."""
+    # OpenVINO would tell Google Analytics that it was imported, and keep an identifier in the home folder. It has no
+    # switch for that but a file there; without this package it does neither.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return import_extra("openvino", "openvino").Core()
 
 
