@@ -670,6 +670,17 @@ def test_folder_counts_all_and_names_five(tmp_path: Path) -> None:
         load_data(f"folder:{root}", "train", data_dir=NO_DATA)
 
 
+def test_one_large_image_among_small_ones_is_named_whatever_memory_there_is() -> None:
+    def named(name: str, side: int) -> decoding.ImageFile:
+        encoded = io.BytesIO()
+        Image.new("1", (side, side)).save(encoded, "png")
+        return decoding.ImageFile(name, encoded.getvalue)
+
+    images = [named("large", 9000), *[named("small", 2)] * 4000]  # 972 GB, were all as large
+    with pytest.raises(ValueError, match=r"4000 of 2x2, 1 of 9000x9000; .* remove these 1: large$"):
+        decoding.decode_images(images, text="")
+
+
 def test_folder_without_classes_says_what_is_wanted(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()

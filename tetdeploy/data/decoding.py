@@ -53,23 +53,31 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
     sizes: list[tuple[int, ...]] = [()] * len(files)
     errors: dict[int, str] = {}
     height, width = _first_size(files)
-    images = np.zeros((len(files), 3, height, width), np.uint8)
     colour = np.zeros(len(files), bool)
+    images: NDArray[np.uint8] | None = None
+    try:
+        images = np.zeros((len(files), 3, height, width), np.uint8)
+    except MemoryError as error:  # the first image may be a large one among small ones: then their sizes are the reason
+        lacking = error
 
     def decode(index: int) -> None:
         try:
-            pixels = _decode(files[index])
+            image = open_image(files[index].read())
+            sizes[index] = image.size[::-1]
+            if images is None or sizes[index] != (height, width):
+                return  # its pixels will not be wanted
+            pixels = _pixels(image)
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
             errors[index] = f"{files[index].name} ({error})"
             return
-        sizes[index] = pixels.shape[:2]
-        if sizes[index] == (height, width):
-            colour[index] = pixels.ndim == 3
-            images[index] = pixels.transpose(2, 0, 1) if colour[index] else pixels
+        colour[index] = pixels.ndim == 3
+        images[index] = pixels.transpose(2, 0, 1) if colour[index] else pixels
 
     in_threads(decode, len(files), text)
     refuse_failed([errors[index] for index in sorted(errors)], f"{len(files)} images cannot be read")
     _refuse_unequal(files, sizes)
+    if images is None:
+        raise lacking
     return images if colour.any() else np.ascontiguousarray(images[:, :1])
 
 
@@ -77,16 +85,15 @@ def _first_size(files: Iterable[ImageFile]) -> tuple[int, int]:
     """Height and width of the first file that can be read; 1 x 1 when none can, for the error to come later."""
     for file in files:
         try:
-            height, width = _decode(file).shape[:2]
+            height, width = _pixels(open_image(file.read())).shape[:2]
         except Exception:  # reported with all the others
             continue
         return height, width
     return 1, 1
 
 
-def _decode(file: ImageFile) -> NDArray[np.uint8]:
+def _pixels(image: Any) -> NDArray[np.uint8]:
     """`[H, W]` of a grey image, else `[H, W, 3]`."""
-    image = open_image(file.read())
     mode = "L" if image.mode in _GREY_MODES else "RGB"
     return np.asarray(image if image.mode == mode else image.convert(mode))
 
