@@ -1166,6 +1166,9 @@ def test_real_cifar10_train_split(real_data: Path) -> None:
         ("folder:photos@2", "folder:photos@3", False),
         ("by-time:events:x/y", "events:x/./y", True),
         ("events:x", "folder:x", False),
+        ("folder:2026-11-30T10:15", "folder:./2026-11-30T10:15", True),
+        ("saccades:folder:10:15", "saccades:folder:./10:15", True),
+        ("10:15/d.npz", "./10:15/d.npz", True),
     ],
 )
 def test_the_same_data_under_other_names(name: str, other: str, same: bool) -> None:

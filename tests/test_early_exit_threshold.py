@@ -19,12 +19,13 @@ from export_helpers import digits, engine, exported, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from report_helpers import EARLY_EXIT, write
 from report_helpers import result as sweep_result
 from rich.text import Text
 
 from tetdeploy.cli import main
-from tetdeploy.data import save_npz, split_validation
+from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_rule
 from tetdeploy.early_exit.savings import measure
 from tetdeploy.early_exit.threshold import (
@@ -694,6 +695,25 @@ def test_the_same_set_by_another_name_is_known(model: Path, tmp_path: Path, monk
     done = run("calibrate", model, "--T", 1)
     assert done.exit_code == 1 and "d.npz: the training held out other images" in done.output
     assert not exit_path(model).exists()
+
+
+def test_a_copy_of_the_folder_that_was_trained_on_is_known(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = digits()
+    for i, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
+        for part in ("train", "test")[: 2 if i < 100 else 1]:
+            folder = tmp_path / "copy" / part / images.class_names[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0]).save(folder / f"{i}.png")
+    copy = f"folder:{tmp_path / 'copy'}"
+    held_out = split_validation(load_data(copy, "train", data_dir=tmp_path), fraction=0.1)[1]
+    source = {"data": {"name": "folder:gone", "fingerprint": held_out.fingerprint}, "training": {"val_fraction": 0.1}}
+    describe(model, source=source)
+    assert run("calibrate", model, "--data", copy, "--T", 1).exit_code == 0
+    content = json.loads(exit_path(model).read_text())
+    assert (content["data"], content["num_samples"]) == (f"{copy} (held out)", len(held_out))
 
 
 @pytest.mark.parametrize("command", ["calibrate", "early-exit"])

@@ -202,15 +202,18 @@ def same_data(name: str, other: str) -> bool:
     return _place(name) == _place(other)
 
 
-def is_copy(name: str, *, fraction: float, known: Mapping[str, Any]) -> bool:
-    """Whether a set is a `.npz` that was trained on under another name: what a run held out of it, or without a
+def is_copy(name: str, *, T: int, fraction: float, known: Mapping[str, Any]) -> bool:
+    """Whether a set that its path names was trained on under another one: what a run held out of it, or without a
     `fraction` all of it, has the fingerprint that is `known` of the training's data.
+
+    Args:
+        T: frames that the training cut a recording into.
 
     Raises: as `load_data`.
     """
-    if not is_npz(name) or "fingerprint" not in known:
+    if not _is_path(name) or "fingerprint" not in known:
         return False
-    data = load_data(name, "train", data_dir=Path())
+    data = load_data(name, "train", data_dir=Path(), T=T, trained=Framing.of(known))
     held_out = stratified(data.labels, fraction=fraction)[1] if fraction else slice(None)
     return len(data.labels[held_out]) > 0 and data.select(held_out).fingerprint == known["fingerprint"]
 
@@ -228,14 +231,15 @@ def _place(name: str) -> tuple[str, str]:
 def _is_path(name: str) -> bool:
     """Whether a set lies where its name says, whatever --data-dir is."""
     kind, _ = _parts(name)
-    return is_npz(name) or kind.rpartition(":")[2] in ("folder", "events", "imagenet")
+    return is_npz(name) or kind.removeprefix(_SACCADES) in ("folder:", "events:", "imagenet:")
 
 
 def _parts(name: str) -> tuple[str, Path]:
-    """What kind of set it is, and what follows: a path, or the name of a set."""
+    """What kind of set it is, and what follows: a path, which may have colons too, or the name of a set."""
     plain = name.removeprefix(_BY_TIME)
-    kind, _, path = (re.sub(r"@\d+$", "", plain) if plain.startswith("imagenet") else plain).rpartition(":")
-    return kind, Path(path).expanduser()
+    plain = re.sub(r"@\d+$", "", plain) if plain.startswith("imagenet") else plain
+    path = re.sub("^(saccades:)?((folder|events|imagenet):)?", "", plain)
+    return plain.removesuffix(path), Path(path).expanduser()
 
 
 def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
