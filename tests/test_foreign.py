@@ -289,6 +289,14 @@ def test_values_that_are_not_finite_are_refused(file: Path) -> None:
         import_checkpoint(file, "vggsnn")
 
 
+def test_nan_is_no_difference_between_names_of_one_tensor(file: Path) -> None:
+    state = flat_state("resnet19")
+    state["conv1.weight"] = state["conv1_s.layer.module.weight"] = torch.full((64, 3, 3, 3), torch.nan)
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"not finite in float32 in conv1\.weight$"):
+        import_checkpoint(file, "resnet19")
+
+
 def test_half_and_double_become_float32(file: Path) -> None:
     kinds = (torch.float16, torch.bfloat16, torch.float64)
     state = {

@@ -304,7 +304,10 @@ def _is_count(key: str, tensor: Tensor) -> bool:
 
 
 def _check_values(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], path: Path | str) -> None:
-    """Names of one tensor must agree, but for BN's count of batches; weights be finite, and variances 0 or more."""
+    """Weights must be finite, names of one tensor agree, but for BN's count of batches, and variances be 0 or more."""
+    broken = [first for first, *_ in names.values() if not tensors[first].isfinite().all()]
+    if broken:  # which are different from themselves, too
+        raise ValueError(f"{path} has values that are not finite in float32 in {', '.join(broken)}")
     differing = [
         f"{other} and {first}"
         for ours, (first, *others) in names.items()
@@ -313,9 +316,6 @@ def _check_values(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, 
     ]
     if differing:
         raise ValueError(f"{path} has different values under names of one tensor: {', '.join(differing)}")
-    broken = [first for first, *_ in names.values() if not tensors[first].isfinite().all()]
-    if broken:
-        raise ValueError(f"{path} has values that are not finite in float32 in {', '.join(broken)}")
     negative = [first for first, *_ in names.values() if first.endswith("running_var") and (tensors[first] < 0).any()]
     if negative:
         raise ValueError(f"{path} has variances below 0 in {', '.join(negative)}; BN divides by their root")
