@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from export_helpers import digits, frames
 
 from tetdeploy.checkpoint import save_checkpoint
+from tetdeploy.class_names import check_classes
 from tetdeploy.cli import main
 from tetdeploy.cli.gates import Gate, check_gates, describe, parse_gate, place_gates
 from tetdeploy.engine import Engine
@@ -510,6 +511,12 @@ class TestBadInput:
         for known in ("01", "0123456789", ("cat", "dog")):  # a model whose classes are numbers may have had no names
             save(*known)
             run(model, "--data", "named.npz", "--T", "1")
+
+    def test_numbers_are_no_folders_named_by_numbers(self) -> None:
+        folders = tuple(sorted(map(str, range(11))))  # 0, 1, 10, 2, ...
+        check_classes("the model", folders, "x.npz", ("0", "1"))
+        with pytest.raises(ValueError, match="label 2 means 2 to it, and 10 to the model"):
+            check_classes("the model", folders, "x.npz", tuple(map(str, range(11))))
 
     @pytest.mark.parametrize("T", ["0", "4:1", "1-4", "x", "1:99999", "1,", ""])
     def test_steps_that_do_not_parse(self, T: str) -> None:

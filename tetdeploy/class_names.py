@@ -9,13 +9,14 @@ def check_classes(
     model: str, own_names: tuple[str, ...], data: str, names: tuple[str, ...], *, known: bool = True
 ) -> None:
     """Refuse, with ValueError, data to which a label means another class than to the model. A .npz, or a set that is
-    not `known` but was made in Python, need not name its classes, which are numbered then, nor have them all."""
+    not `known` but was made in Python, need not name its classes, which are numbered then, nor have them all. Folders
+    named by numbers are classes in the order of texts, 10 before 2: to these, numbers mean others."""
     if names == own_names:
         return
+    alike = all(other == own for other, own in zip(names, own_names, strict=False))
+    numbered = _are_numbers(names) or _are_numbers(own_names)
     if (is_npz(data) or not known) and (
-        names == own_names[: len(names)]
-        or _are_numbers(names)
-        or (_are_numbers(own_names) and not set(names) & set(own_names))
+        names == own_names[: len(names)] or (numbered and (alike or not set(names) & set(own_names)))
     ):
         return
     pairs = enumerate(zip(names, own_names, strict=False))
