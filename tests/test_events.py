@@ -800,8 +800,8 @@ def test_frames_come_back_from_a_npz(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got.frames, data.frames)
     np.testing.assert_array_equal(load_frames(tmp_path / "frames.npz")[0], data.frames)
     assert got.class_names == data.class_names
-    np.savez(tmp_path / "float.npz", images=data.frames.astype(np.float32), labels=data.labels)
-    with pytest.raises(ValueError, match="frames are float32"):
+    np.savez(tmp_path / "float.npz", images=data.frames / 255, labels=data.labels)
+    with pytest.raises(ValueError, match=r"images are float64 .*; wanted frames, uint8 \[N"):
         load_data(str(tmp_path / "float.npz"), "test", data_dir=NOWHERE)
 
 

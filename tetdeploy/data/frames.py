@@ -84,7 +84,7 @@ def load_frames(path: Path | str) -> tuple[NDArray[Any], NDArray[np.int64], tupl
     if not is_npz(str(path)):
         raise ValueError(f"frames come from a .npz with images [N, T, C, H, W] and labels [N]; got {str(path)!r}")
     arrays = read_arrays(Path(path))
-    frames, labels = _checked(path, arrays)
+    frames, labels = _checked(path, arrays, "uint8", "float32")
     return frames, labels, usable_names(path, arrays, labels)
 
 
@@ -106,15 +106,17 @@ def load_npz(path: Path | str, split: Split) -> LabelledSet:
     arrays = read_arrays(Path(path))
     if arrays["images"].ndim != 5:
         return image_set(path, split, arrays)
-    frames, labels = _checked(path, arrays)
+    frames, labels = _checked(path, arrays, "uint8")
     mean, std = count_statistics(frames)
     return FrameSet(str(path), split, frames, labels, usable_names(path, arrays, labels), mean, std)
 
 
-def _checked(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    frames = arrays["images"]
-    got, wanted = f"{path}: images are {frames.dtype} {list(frames.shape)}", "frames, uint8 or float32 [N, T, C, H, W]"
-    if frames.ndim != 5 or frames.dtype not in (np.uint8, np.float32) or 0 in frames.shape:
+def _checked(
+    path: Path | str, arrays: Mapping[str, NDArray[Any]], *dtypes: str
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    frames, kinds = arrays["images"], " or ".join(dtypes)
+    got, wanted = f"{path}: images are {frames.dtype} {list(frames.shape)}", f"frames, {kinds} [N, T, C, H, W]"
+    if frames.ndim != 5 or frames.dtype not in dtypes or 0 in frames.shape:
         raise ValueError(f"{got}; wanted {wanted}")
     refuse_channels_last(frames.shape, got, wanted)
     labels = usable_labels(path, arrays["labels"])
