@@ -681,6 +681,14 @@ def test_one_large_image_among_small_ones_is_named_whatever_memory_there_is() ->
         decoding.decode_images(images, text="")
 
 
+def test_images_that_are_all_cut_short_are_refused() -> None:
+    encoded = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(encoded, "png")
+    cut_short = decoding.ImageFile("x", lambda: encoded.getvalue()[:-4000])
+    with pytest.raises(ValueError, match=r"2 of 2 images cannot be read: x \(image file is truncated\)"):
+        decoding.decode_images([cut_short] * 2, text="")
+
+
 def test_folder_without_classes_says_what_is_wanted(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()

@@ -64,7 +64,7 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
         try:
             image = open_image(files[index].read())
             sizes[index] = image.size[::-1]
-            if images is None or sizes[index] != (height, width):
+            if images is None or (height and sizes[index] != (height, width)):
                 return  # its pixels will not be wanted
             pixels = _pixels(image)
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
@@ -82,14 +82,14 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
 
 
 def _first_size(files: Iterable[ImageFile]) -> tuple[int, int]:
-    """Height and width of the first file that can be read; 1 x 1 when none can, for the error to come later."""
+    """Height and width of the first file that can be read; 0 x 0 when none can, for the error to come later."""
     for file in files:
         try:
             height, width = _pixels(open_image(file.read())).shape[:2]
         except Exception:  # reported with all the others
             continue
         return height, width
-    return 1, 1
+    return 0, 0
 
 
 def _pixels(image: Any) -> NDArray[np.uint8]:
