@@ -433,9 +433,12 @@ def test_images_in_another_order_are_refused(tmp_path: Path, how: How) -> None:
     shorter = run_settings(classifier(), TRAIN, images_of(20, 3), settings(val_fraction=0.2))
     with pytest.raises(ValueError, match=r"val_fraction: 0.1 -> 0.2; go on with the"):  # which explains the rest
         check_restart(found, shorter)
-    check_restart(found, run_settings(classifier(), TRAIN, VAL, settings()))
+    same = run_settings(classifier(), TRAIN, VAL, settings())
+    check_restart(found, same | {"data": same["data"] | {"name": "folder:elsewhere"}})
     found.settings["data"].pop("fingerprint")  # as of a run of before
     check_restart(found, others)
+    with pytest.raises(ValueError, match=r"data\.name: toy -> folder:elsewhere"):
+        check_restart(found, same | {"data": same["data"] | {"name": "folder:elsewhere"}})
 
 
 def test_a_teacher_may_lie_elsewhere_but_must_be_the_same(tmp_path: Path) -> None:

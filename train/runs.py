@@ -253,14 +253,14 @@ def read_run_config(out: Path) -> dict[str, Any]:
 
 
 def write_run_config(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-    """Write config.json; of a resumed run only "how" it runs, where its teacher lies, and how many seeds of several
-    there are may have changed.
+    """Write config.json; of a resumed run only "how" it runs, where its data and its teacher lie, and how many seeds of
+    several there are may have changed.
 
     Raises:
         OSError: it cannot be written.
     """
     before = read_run_config(out) if resume else None
-    changing = settings.keys() & {"training", "how", "seeds"}
+    changing = settings.keys() & {"data", "training", "how", "seeds"}
     now = dict(settings) if before is None else before | {name: settings[name] for name in changing}
     if now != before:
         write_json(out / CONFIG_NAME, now)
@@ -350,12 +350,14 @@ def _seen_from(runs: Path, out: Path) -> Path:
 def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`differences` of a run's settings, or, where there are none, of the images and the teacher themselves.
 
-    The teacher may lie elsewhere. What has no fingerprint is no other.
+    The same images may lie elsewhere, and so may the teacher. What has no fingerprint is no other.
     """
     data, training = ([dict(settings.get(name, {})) for settings in (old, new)] for name in ("data", "training"))
     if all(part.get("distill") for part in training):
         training = [part | {"distill": ""} for part in training]
     images = [part.pop("fingerprint", None) for part in data]
+    if None not in images:
+        data = [part | {"name": ""} for part in data]
     teachers = [part.pop("distill_sha256", None) for part in training]
     found = differences(*({**s, "data": d, "training": t} for s, d, t in zip((old, new), data, training, strict=True)))
     other_images = (

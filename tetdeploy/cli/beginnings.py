@@ -153,7 +153,7 @@ def _take_settings(
 
     data = {"data": settings.get("data", {}).get("name", options["data"])}
     if not is_given(ctx, "data"):
-        check_recorded(data["data"], run, other="")
+        check_recorded(data["data"], run, other=", or name where it lies now with --data")
     for name, value in {**settings.get("network", {}), **settings.get("training", {}), **data}.items():
         if name in options and not is_given(ctx, name):
             options[name] = value
