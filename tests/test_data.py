@@ -16,6 +16,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import urllib.error
 import zipfile
 from collections.abc import Callable, Iterator
@@ -180,6 +181,15 @@ def test_channel_statistics_are_those_of_the_scaled_images() -> None:
 
 
 # ---------------------------------------------------------------- validation split
+
+
+def test_channel_statistics_of_large_images_need_little_memory() -> None:
+    images = noise(8, 1, 1024, 1024)
+    tracemalloc.start()
+    channel_statistics(images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * images.nbytes  # 8 bytes a pixel of one image, not of all
 
 
 def test_split_validation_is_stratified_complete_and_repeatable() -> None:

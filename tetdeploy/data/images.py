@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.arguments import check_path, check_type
+from tetdeploy.batches import parts
 from tetdeploy.files import opened_npz, write_npz
 
 from .labelled import Encoding, LabelledSet, Split
@@ -65,11 +66,12 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tu
         constant channel can be divided by it.
     """
     levels = np.arange(256) / 255
+    at_once = max(2**15 // images[0, 0].size, 1)  # bincount makes 8 bytes of each pixel, which stay in the cache so
     mean, std = [], []
     for channel in range(images.shape[1]):
         histogram = np.zeros(256, np.int64)  # exact, and needs no float copy of the images
-        for start in range(0, len(images), 1024):
-            histogram += np.bincount(images[start : start + 1024, channel].ravel(), minlength=256)
+        for part in parts(len(images), at_once):
+            histogram += np.bincount(images[part, channel].ravel(), minlength=256)
         share = histogram / histogram.sum()
         mean.append(float(share @ levels))
         std.append(max(float(np.sqrt(share @ (levels - mean[-1]) ** 2)), 1 / 255))
