@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tetdeploy import files
+from tetdeploy.class_names import check_classes
 from tetdeploy.cli import main
 from tetdeploy.data import (
     DATA_NAMES,
@@ -670,6 +671,15 @@ def test_folder_names_and_counts_what_is_wrong(tmp_path: Path, change: Callable[
     change(root)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_data(f"folder:{root}", "train", data_dir=NO_DATA)
+
+
+def test_class_names_that_look_alike_are_said_to_differ_in_their_form(tmp_path: Path) -> None:
+    root = make_tree(tmp_path, classes=("ant", "caf\u00e9"))
+    (root / "test" / "caf\u00e9").rename(root / "test" / "cafe\u0301")
+    with pytest.raises(ValueError, match=r"only in test: caf.*\), some in their Unicode form alone, NFC or NFD;"):
+        load_data(f"folder:{root}", "train", data_dir=NO_DATA)
+    with pytest.raises(ValueError, match=r"label 1 means .*, some in their Unicode form alone, NFC or NFD; is this"):
+        check_classes("model", ("ant", "caf\u00e9"), "folder:x", ("ant", "cafe\u0301"))
 
 
 def test_folder_counts_all_and_names_five(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Iterable
+
 from tetdeploy.names import is_npz
 
 
@@ -27,9 +30,15 @@ def check_classes(
         f"{len(n)} classes ({', '.join(map(str, n[:3]))}{', ...' * (len(n) > 3)})" for n in (own_names, names)
     )
     raise ValueError(
-        f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}{first}; "
-        "is this the data it was trained on?"
+        f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}{first}"
+        f"{other_form(set(names) - set(own_names), set(own_names) - set(names))}; is this the data it was trained on?"
     )
+
+
+def other_form(names: Iterable[str], others: Iterable[str]) -> str:
+    """What to say of names that look alike and differ: é is one character, or two, as in archives of macOS."""
+    own, theirs = ({unicodedata.normalize("NFC", str(name)) for name in kept} for kept in (names, others))
+    return ", some in their Unicode form alone, NFC or NFD" if own & theirs else ""
 
 
 def as_utf8(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.class_names import other_form
 from tetdeploy.wording import shorten
 
 from .cache import Arrays, Cache
@@ -126,7 +127,8 @@ def refuse_different_classes(root: Path, train: Iterable[str], test: Iterable[st
         found = (("train", only_train), (test_name, only_test))
         parts = [f"{len(names)} only in {part}: {shorten(names)}" for part, names in found if names]
         raise ValueError(
-            f"the classes in {root}/train and {root}/{test_name} differ ({'; '.join(parts)}); give both the same"
+            f"the classes in {root}/train and {root}/{test_name} differ ({'; '.join(parts)})"
+            f"{other_form(only_train, only_test)}; give both the same"
         )
 
 
