@@ -522,7 +522,7 @@ class TestReading:
     )
     def test_of_another_model_or_data_it_is_left_out_and_said(self, tmp_path: Path, key: str, value: Any) -> None:
         run = run_folder(tmp_path / "a")
-        own: dict[str, Any] = {"images_sha256": "ab", "runtime": "onnxruntime"}
+        own: dict[str, Any] = {"images_sha256": None if key == "data" else "ab", "runtime": "onnxruntime"}
         write(run / "m.validate.json", without(COMPARED, **own))
         write(run / "m.sweep.json", without(COMPARED, kind="sweep", **own | {key: value}))
         results = read_results([run])
@@ -901,6 +901,19 @@ class TestRefusals:
         files = [write(tmp_path / f"{name}.json", result(data=f"folder:{name}/test")) for name in "ab"]
         different = "they were measured on different data: a on folder:a/test, b on folder:b/test;"
         self.refused(*files, match=f"cannot be compared, {different}")
+
+    def test_the_same_images_by_another_path_are_no_different_data(self, tmp_path: Path) -> None:
+        images = {"images_sha256": "ab" * 32}
+        files = [write(tmp_path / f"{name}.json", result(data=f"folder:{name}/set", **images)) for name in "ab"]
+        assert [m.name for m in read_results(files).measurements] == ["a", "b"]
+        run = run_folder(tmp_path / "run")
+        for kind in ("sweep", "validate"):
+            write(run / f"m.{kind}.json", result(kind=kind, data=f"folder:{kind}/set", **images))
+        assert len(read_results([run]).measurements[0].files) == 2
+        trained = [run_folder(tmp_path / name, data=f"folder:{name}/set") for name in ("one", "two")]
+        for config in (folder / "config.json" for folder in trained):
+            config.write_text(config.read_text().replace('"val_images"', '"fingerprint": "cd", "val_images"'))
+        assert len(read_results(trained).sources) == 2
 
     def test_of_a_run_the_results_on_its_own_data(self, tmp_path: Path) -> None:
         """A network may be tried on images of another kind, too, by another of its models."""

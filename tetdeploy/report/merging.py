@@ -82,8 +82,10 @@ def _of_most_images(ordered: Sequence[Path], contents: Mapping[Path, Mapping[str
 
 def apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What tells two results apart: another model, other images or prices, or another device for the
-    latencies of both or the agreement of the second. What only one of them says is no difference."""
-    keys = ["data", "num_samples", "images_sha256", "model_sha256", "constants"]
+    latencies of both or the agreement of the second. What only one of them says is no difference, and of the same
+    images, by their hash, nor is the name, which is a path."""
+    same = first.get("images_sha256") and first["images_sha256"] == second.get("images_sha256")
+    keys = [*([] if same else ["data"]), "num_samples", "images_sha256", "model_sha256", "constants"]
     keys += _DEVICE if (_timed(first) and _timed(second)) or agrees(second) else ()
     return [key for key in keys if first.get(key) and second.get(key) and first[key] != second[key]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, combinations
@@ -249,10 +249,11 @@ def check_comparable(sources: Sequence[Source]) -> None:
         ValueError: they are.
     """
     labelled = [m for source in sources for m in source.measurements if has_accuracy(m.content)]
-    _refuse_different("measured on", {m.name: _data_name(m.content["data"]) for m in labelled})
+    _refuse_different("measured on", _measured_on(labelled))
     if any(not source.measurements for source in sources):  # its validation images are all there is to compare by
-        trained = {source.name: _data_name(source.run.data.get("name", "")) for source in sources if source.run}
-        _refuse_different("trained on", trained)
+        runs = {source.name: source.run.data for source in sources if source.run}
+        trained = ((name, data.get("name", ""), data.get("fingerprint")) for name, data in runs.items())
+        _refuse_different("trained on", _data_names(trained))
 
 
 def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
@@ -293,7 +294,7 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
 def _on_one_data_set(measured: list[tuple[str, Measurement]], notes: list[str]) -> list[tuple[str, Measurement]]:
     """The results in a folder whose accuracies are on the data of the training, or else on those of the first one: what
     is on other data does not compare, as where a network is tried on images of another kind, too."""
-    data = {m.name: _data_name(m.content["data"]) for _, m in measured if has_accuracy(m.content)}
+    data = _measured_on(m for _, m in measured if has_accuracy(m.content))
     if len(set(data.values())) < 2:
         return measured
     trained_on = {_data_name(m.run.data.get("name", "")) for _, m in measured if m.run}
@@ -387,6 +388,16 @@ def _refuse_different(what: str, data: Mapping[str, str]) -> None:
         raise ValueError(
             f"these results cannot be compared, they were {what} different data: {listed}; make a report for each"
         )
+
+
+def _measured_on(measurements: Iterable[Measurement]) -> dict[str, str]:
+    return _data_names((m.name, m.content["data"], m.content.get("images_sha256")) for m in measurements)
+
+
+def _data_names(named: Iterable[tuple[str, str, str | None]]) -> dict[str, str]:
+    """The data of each, by names, data and hashes; of the same images by another path, as hashes tell, the first's."""
+    first: dict[str, str] = {}
+    return {name: first.setdefault(sha256 or _data_name(data), _data_name(data)) for name, data, sha256 in named}
 
 
 def _data_name(data: str) -> str:
