@@ -658,6 +658,7 @@ def cut(name: str) -> Callable[[Path], Any]:
         (lambda root: (root / "train/dog").mkdir(), "1 class folders in .*train are empty: dog"),
         (add_image("train/dog/x.png", 4, 6, 3), r"train and .*test differ \(1 only in train: dog\)"),
         (add_image("test/dog/x.png", 4, 6, 3), r"\(1 only in test: dog\)"),
+        (lambda root: (root / "train/dog").symlink_to("gone"), "1 links in .*train lead to nothing: .*dog; put"),
         (add_image("train/x.png", 4, 6, 3), "1 images in .*train lie outside a class folder: .*x.png"),
         (add_file("train/cat/x.tiff", b"?"), "1 entries of the class folders .* are no .*x.tiff"),
         (lambda root: (root / "train/cat/sub").mkdir(), "1 entries of the class folders .*sub"),

@@ -76,7 +76,8 @@ def class_file_names(
 
     Raises:
         OSError: `folder` is missing or cannot be read.
-        ValueError: there are no class folders, files lie outside them, one is empty or holds what is of another kind.
+        ValueError: there are no class folders, files lie outside them, one is empty, a link to nothing, or holds what
+            is of another kind.
     """
     classes = {name: _visible(folder / name) for name in class_folders(folder, suffixes=suffixes, kind=kind)}
     empty = [name for name, files in classes.items() if not files]
@@ -107,6 +108,11 @@ def class_folders(folder: Path, *, suffixes: tuple[str, ...] = SUFFIXES, kind: s
     if stray:
         raise ValueError(
             f"{len(stray)} {kind} in {folder} lie outside a class folder: {shorten(stray)}; move them into one"
+        )
+    broken = [e.path for e in entries if e.is_symlink() and not Path(e.path).exists()]
+    if broken:  # a class on a disk that is not mounted would be missing without a word
+        raise ValueError(
+            f"{len(broken)} links in {folder} lead to nothing: {shorten(broken)}; put it there again or remove them"
         )
     classes = [entry.name for entry in entries if entry.is_dir()]
     if not classes:
