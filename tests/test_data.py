@@ -54,6 +54,7 @@ from tetdeploy.data.cache import Cache
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.data.download import download
 from tetdeploy.data.folder import class_files
+from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.images import channel_statistics, mixed_order, stratified
 
 NO_DATA = Path("nowhere")
@@ -184,10 +185,11 @@ def test_channel_statistics_are_those_of_the_scaled_images() -> None:
 # ---------------------------------------------------------------- validation split
 
 
-def test_channel_statistics_of_large_images_need_little_memory() -> None:
+@pytest.mark.parametrize("statistics", [channel_statistics, lambda images: count_statistics(images[None])])
+def test_statistics_of_large_images_need_little_memory(statistics: Callable[[NDArray[np.uint8]], Any]) -> None:
     images = noise(8, 1, 1024, 1024)
     tracemalloc.start()
-    channel_statistics(images)
+    statistics(images)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * images.nbytes  # 8 bytes a pixel of one image, not of all

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tetdeploy.names import is_npz
 
 from .events import Framing
-from .images import image_set, read_arrays, refuse_channels_last, usable_labels, usable_names
+from .images import histograms, image_set, read_arrays, refuse_channels_last, usable_labels, usable_names
 from .labelled import Encoding, LabelledSet, Split
 
 NUM_MEASURED = 1000  # recordings that decide a set's std; the order is mixed, so that they are a fair sample
@@ -65,8 +65,8 @@ def count_statistics(frames: NDArray[np.uint8]) -> tuple[tuple[float, ...], tupl
     Returns:
         C means and C standard deviations; 1/255, one event, for a channel that has none.
     """
-    counts = frames[:NUM_MEASURED].astype(np.float32)
-    rms = np.sqrt((counts**2).mean((0, 1, 3, 4), dtype=np.float64)) / 255
+    measured = frames[:NUM_MEASURED].reshape(-1, *frames.shape[2:])
+    rms = np.sqrt(histograms(measured) @ np.arange(256) ** 2 / measured[:, 0].size) / 255
     return (0.0,) * frames.shape[2], tuple(float(value) or 1 / 255 for value in rms)
 
 

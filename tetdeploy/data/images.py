@@ -66,16 +66,23 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tu
         constant channel can be divided by it.
     """
     levels = np.arange(256) / 255
-    at_once = max(2**15 // images[0, 0].size, 1)  # bincount makes 8 bytes of each pixel, which stay in the cache so
     mean, std = [], []
-    for channel in range(images.shape[1]):
-        histogram = np.zeros(256, np.int64)  # exact, and needs no float copy of the images
-        for part in parts(len(images), at_once):
-            histogram += np.bincount(images[part, channel].ravel(), minlength=256)
+    for histogram in histograms(images):
         share = histogram / histogram.sum()
         mean.append(float(share @ levels))
         std.append(max(float(np.sqrt(share @ (levels - mean[-1]) ** 2)), 1 / 255))
     return tuple(mean), tuple(std)
+
+
+def histograms(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How many pixels of each channel of images [N, C, H, W] have each level, [C, 256]: for exact statistics without a
+    float copy of the images."""
+    at_once = max(2**15 // images[0, 0].size, 1)  # bincount makes 8 bytes of each pixel, which stay in the cache so
+    found = np.zeros((images.shape[1], 256), np.int64)
+    for part in parts(len(images), at_once):
+        for channel, pixels in enumerate(images[part].swapaxes(0, 1)):
+            found[channel] += np.bincount(pixels.ravel(), minlength=256)
+    return found
 
 
 def stratified(labels: NDArray[np.int64], *, fraction: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
