@@ -56,6 +56,7 @@ from tetdeploy.data.download import download
 from tetdeploy.data.folder import class_files
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.images import channel_statistics, mixed_order, stratified
+from tetdeploy.provenance import images_sha256
 
 NO_DATA = Path("nowhere")
 
@@ -185,14 +186,18 @@ def test_channel_statistics_are_those_of_the_scaled_images() -> None:
 # ---------------------------------------------------------------- validation split
 
 
-@pytest.mark.parametrize("statistics", [channel_statistics, lambda images: count_statistics(images[None])])
-def test_statistics_of_large_images_need_little_memory(statistics: Callable[[NDArray[np.uint8]], Any]) -> None:
-    images = noise(8, 1, 1024, 1024)
+@pytest.mark.parametrize(
+    "measure",
+    [channel_statistics, lambda images: count_statistics(images[None]), lambda images: images_sha256(images, None)],
+    ids=["images", "frames", "fingerprint"],
+)
+def test_large_images_are_measured_with_little_memory(measure: Callable[[NDArray[np.uint8]], Any]) -> None:
+    images = noise(32, 1, 512, 512)
     tracemalloc.start()
-    statistics(images)
+    measure(images)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * images.nbytes  # 8 bytes a pixel of one image, not of all
+    assert peak < images.nbytes / 2  # 8 bytes a pixel of one image, not of all, and no copy
 
 
 def test_split_validation_is_stratified_complete_and_repeatable() -> None:

@@ -105,6 +105,7 @@ def images_sha256(x: NDArray[Any], labels: NDArray[np.int64] | None) -> str:
     digest = hashlib.sha256(f"{x.dtype} {x.shape}".encode() if listing is None else b"")
     if labels is not None:
         digest.update(labels.astype(np.int64).tobytes())
-    for batch in (x[part].tobytes() for part in parts(len(x), 1024)) if listing is None else listing():
+    batches = (np.ascontiguousarray(x[part]).data for part in parts(len(x), 1024)) if listing is None else listing()
+    for batch in batches:
         digest.update(batch)
     return digest.hexdigest()
