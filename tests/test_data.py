@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -804,6 +805,20 @@ def test_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     Cache(tmp_path, []).get("made", lambda: {"a": np.zeros(1)})
     assert not Path("relative").exists() and len(list((tmp_path / "home/.cache/tetdeploy").iterdir())) == 1
+
+
+def test_ctrl_c_waits_for_the_images_that_are_being_decoded_alone() -> None:
+    decoded = []
+
+    def decode(index: int) -> None:
+        decoded.append(index)
+        if index == 1:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.02)
+
+    with pytest.raises(KeyboardInterrupt):
+        decoding.in_threads(decode, 100, None)
+    assert len(decoded) < 100
 
 
 class _Terminal(io.StringIO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,10 +121,13 @@ def open_image(data: bytes) -> Any:
 
 def in_threads(decode: Callable[[int], None], count: int, text: str | None, *, chunk: int = _CHUNK) -> None:
     """Call `decode` with 0..count-1 in threads, `chunk` a task, with a progress bar that says `text`, if any."""
+    ended = threading.Event()
 
     def decode_chunk(start: int) -> int:
         stop = min(start + chunk, count)
         for index in range(start, stop):
+            if ended.is_set():
+                break
             decode(index)
         return stop - start
 
@@ -133,8 +137,9 @@ def in_threads(decode: Callable[[int], None], count: int, text: str | None, *, c
         with _progress(text, count) as advance:
             for done in pool.map(decode_chunk, range(0, count, chunk)):
                 advance(done)
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the rest
+    finally:  # Ctrl-C need not wait for the rest, nor for that of a task: photos and recordings take 0.1 s each
+        ended.set()
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
