@@ -22,7 +22,7 @@ class Cache:
     """What is made of some files, for as long as these are as they were.
 
     One file for each name and `root`, in `$XDG_CACHE_HOME/tetdeploy` or `~/.cache/tetdeploy`; it holds a fingerprint
-    of the sources' paths, sizes and modification times.
+    of the sources' paths, sizes and times: those of change as well, since files that change places keep the others.
 
     Args:
         root: the folder the sources lie in.
@@ -58,5 +58,5 @@ def _fingerprint(root: Path, sources: Iterable[Path | str]) -> str:
         digest.update(os.fsencode(str(path).removeprefix(above)))
         with suppress(OSError):  # `make` reports what cannot be read, with the others that cannot
             stat = os.stat(path)  # noqa: PTH116
-            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0".encode())
     return digest.hexdigest()
