@@ -319,7 +319,12 @@ def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, li
     assert means.rows[1][:3] == ("2 *", "90.50% ± 0.71%", "0.100 ± 0.000")
     assert [table.caption.split(":")[0] for table in (*own, single)] == ["one seed-0", "one seed-1", "other"]
     assert single.rows[1][1] == "92.00%"
-    assert tables(results, "Accuracy by class")[0].headers[-2:] == ("one, T=2", "other, T=2")
+    (classes,) = tables(results, "Accuracy by class")
+    assert classes.headers[-2:] == ("one, T=2", "other, T=2")
+    assert classes.caption == "Accuracy of each class. Means over seeds (one: 2 of 3 seeds)."
+    entries = ("Accuracy by class", "Firing rate and energy by layer")
+    captions = [item.caption for section in entries for item in items(results, section) if isinstance(item, Plot)]
+    assert len(captions) == 3 and all(c.endswith(" Means over seeds (one: 2 of 3 seeds).") for c in captions)
 
 
 def test_a_point_of_the_front_has_its_deviations(tmp_path: Path, painted: dict[str, list[Any]]) -> None:

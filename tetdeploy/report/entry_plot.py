@@ -7,7 +7,7 @@ from typing import Any
 
 from tetdeploy.report.document import Plot
 from tetdeploy.report.drawing import draw, short
-from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.results import Measurement, Results, means_caption
 
 _SMALLEST, _ROW, _DOT = 1.6, 0.2, 0.1  # inches: the plot, an entry of one model, and of each of several
 
@@ -28,7 +28,7 @@ def plot_by_entry(
         part, key: of the measurements' JSON: the list of entries, and the number in the row of each.
         label: of the axis.
         size: of its unit.
-        caption: to which "at T=2." is added.
+        caption: to which "at T=2." is added, and of seeds that it is their means.
     """
     values = {m.name: m.by_entry(part, key) for m in measured}
     names = list(dict.fromkeys(name for found in values.values() for name in found))
@@ -57,6 +57,6 @@ def plot_by_entry(
     return draw(
         paint,
         description=f"{label} by name, {len(names)} of them. {'; '.join(highest)}",
-        caption=f"{caption} at {at}.",
+        caption=f"{caption} at {at}.{means_caption(measured, bars=False)}",
         height=max(_SMALLEST, 0.7 + max(_ROW, _DOT * len(measured)) * len(names)),
     )

@@ -340,11 +340,11 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [key for key in apart(one, other) if key != "model_sha256"] + own
 
 
-def means_caption(measured: Sequence[Measurement]) -> str:
-    """What a plot of several seeds shows of them: means, and bars where there are two seeds or more."""
+def means_caption(measured: Sequence[Measurement], *, bars: bool = True) -> str:
+    """What is shown of several seeds: means, and in a plot with `bars` those where there are two seeds or more."""
     means = [f"{m.name}: {m.counted_seeds}" for m in measured if m.seeds]
-    bars = "; bars are their standard deviation" if any(len(m.seeds) > 1 for m in measured) else ""
-    return f" Means over seeds ({', '.join(means)}){bars}." if means else ""
+    deviation = "; bars are their standard deviation" if bars and any(len(m.seeds) > 1 for m in measured) else ""
+    return f" Means over seeds ({', '.join(means)}){deviation}." if means else ""
 
 
 def _of_seeds(number: int, begun: int) -> str:

@@ -8,7 +8,7 @@ from statistics import median
 from tetdeploy.report.document import NONE, Block, Note, Row, Section, Table
 from tetdeploy.report.entry_plot import plot_by_entry
 from tetdeploy.report.numbers import percent
-from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.results import Measurement, Results, means_caption
 
 _FEW = 24  # as many classes are drawn and listed whole; of more, the best and the worst are
 _ENDS = 8
@@ -41,7 +41,7 @@ def _table(measured: list[Measurement]) -> Table:
         for name in any_of
     )
     headers = ("class", *images, *(f"{m.name}, T={m.T}" for m in measured))
-    return Table("Accuracy of each class.", headers, rows)
+    return Table(f"Accuracy of each class.{means_caption(measured, bars=False)}", headers, rows)
 
 
 def _compact(m: Measurement) -> tuple[Block, ...]:
