@@ -496,6 +496,7 @@ class TestReading:
         assert [energy(e) for e in (999.6, 999.6e9)] == ["1 nJ", "1,000 mJ"]
         deviations = {(1.2, 0.0567): "1.20 ± 0.06", (0.01234, 0.01): "0.0123 ± 0.0100", (98.98, 0.426): "99.0 ± 0.4"}
         deviations |= {
+            (99.94, 1.26): "99.9 ± 1.3",
             (99.96, 0.426): "100.0 ± 0.4",
             (336.0, 0.0): "336 ± 0",
             (1234.0, 1100.4): "1,234 ± 1,100",
@@ -506,7 +507,8 @@ class TestReading:
         for (mean, std), wanted in deviations.items():
             assert milliseconds(mean, std) == f"{wanted} ms"
         assert energy(1.2e6, 56_700.0) == "1.20 ± 0.06 µJ" and count(12.3, 0.426) == "12.3 ± 0.4"
-        assert [milliseconds(t) for t in (0.1234, 99.96, 1234.0, None)] == ["0.123 ms", "100 ms", "1,234 ms", "–"]
+        times = {0.1234: "0.123 ms", 99.94: "99.9 ms", 99.96: "100 ms", 1234.0: "1,234 ms", None: "–"}
+        assert {t: milliseconds(t) for t in times} == times
 
     @pytest.mark.parametrize(
         ("key", "value"),

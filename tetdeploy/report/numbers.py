@@ -58,7 +58,7 @@ def ppm(rate: float | None) -> str:
 
 def three_digits(number: float | None) -> str:
     """Three digits, or all of a larger whole number: `0.15`, `12.3`, `1,230`."""
-    return text(number, lambda v: f"{v:,.0f}" if v >= 99.5 else f"{v:.3g}")
+    return text(number, lambda v: f"{v:,.0f}" if v >= 99.95 else f"{v:.3g}")
 
 
 def _scaled(number: float | None, std: float | None, units: tuple[tuple[str, float], ...]) -> str:
@@ -76,7 +76,7 @@ def _in_unit(number: float | None, std: float | None, unit: str, size: float = 1
     if std is None:
         return f"{three_digits(value)} {unit}".rstrip()
     larger = max(value, std / size)
-    decimals = 0 if larger >= 99.5 else max(0, 2 - _exponent(larger))
+    decimals = max(0, 2 - _exponent(larger))
     if std and not float(f"{std / size:.{decimals}f}"):
         decimals = -_exponent(std / size)
     return f"{text(value, lambda v: f'{v:,.{decimals}f}', std / size)} {unit}".rstrip()
