@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from tetdeploy.report.page import document_of
 from tetdeploy.report.reading import Run
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.results import Results, read_results
+from tetdeploy.report.sections.settings import _TRAINING
 from tetdeploy.report.sections.training import _duration, _kept
 from tetdeploy.report.tables import layers_table
+from tetdeploy.train.config import TrainConfig
 
+SETTINGS = "What was trained, on what and how"
 CURVES = ("Accuracy by time steps and energy", "Pareto front", "Cost by time steps")
 
 
@@ -255,7 +259,7 @@ def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
     star = painted["sections.accuracy"][1].lines[-1]
     assert (*star.get_xdata(), *star.get_ydata()) == pytest.approx((6.8, 0.97))
     assert "The star is a trained ANN" in said(results, "Accuracy by time steps and energy")[2]
-    (settings,) = tables(results, "What was trained, on what and how")
+    (settings,) = tables(results, SETTINGS)
     wanted = {
         ("network", "convsnn", "convsnn, ANN twin"),
         ("channels × height × width", "1 × 8 × 8", "1 × 8 × 8"),
@@ -423,9 +427,25 @@ def test_the_mean_of_results_is_that_of_each_number_that_all_have() -> None:
     assert [mean_of([None, other]) for other in (1.0, {"y": 1.0}, [1.0])] == [None] * 3
 
 
-def test_a_stage_has_its_T_and_its_epochs(tmp_path: Path) -> None:
-    (table,) = tables(read_results([run_folder(tmp_path / "a", tit="2:30,6:1")]), "What was trained, on what and how")
-    assert ("time inheritance training", "T=2 for 30 epochs, then T=6 for 1 epoch") in table.rows
+def test_a_stage_has_its_T_its_epochs_and_its_learning_rate(tmp_path: Path) -> None:
+    (table,) = tables(read_results([run_folder(tmp_path / "a", tit="2:30,6:1:1e-4")]), SETTINGS)
+    stages = "T=2 for 30 epochs, then T=6 for 1 epoch at learning rate 1e-4"
+    assert ("time inheritance training", stages) in table.rows
+
+
+def test_how_was_learned_from_another_network_is_said_where_one_was(tmp_path: Path) -> None:
+    defaults = {"distill_alpha": 1.0, "distill_tau": 3.0}
+    alone = run_folder(tmp_path / "alone", **defaults)
+    taught = run_folder(tmp_path / "taught", distill="runs/ann", **defaults | {"distill_alpha": 0.5})
+    assert not any("distillation" in label for label, _ in tables(read_results([alone]), SETTINGS)[0].rows)
+    (table,) = tables(read_results([alone, taught]), SETTINGS)
+    wanted = {("weight of the distillation", "–", "0.5"), ("temperature of the distillation", "–", "3")}
+    assert wanted <= {*table.rows}
+
+
+def test_every_setting_that_decides_the_weights_is_among_those_of_the_report() -> None:
+    elsewhere = {"seed", "val_fraction", "device", "precision"}  # of each seed, in images, and as they came out
+    assert {field.name for field in fields(TrainConfig)} == elsewhere | _TRAINING.keys()
 
 
 def test_a_validation_comes_before_a_sweep(tmp_path: Path) -> None:

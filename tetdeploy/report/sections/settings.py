@@ -27,6 +27,8 @@ _TRAINING = {
     "lam": "λ, weight of the MSE term (Eq. 13)",
     "phi": "φ, target of the MSE term (Eq. 12)",
     "distill": "learned from",
+    "distill_alpha": "weight of the distillation",
+    "distill_tau": "temperature of the distillation",
     "optimizer": "optimizer",
     "lr": "learning rate, peak",
     "batch_size": "batch size",
@@ -91,7 +93,10 @@ def _origin_facts(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, l
 
 
 def _plays_no_part(name: str, run: Run) -> bool:
-    """What a network of the user's own decides for itself, and the MSE term of a training by Eq. 7 alone."""
+    """What a network of the user's own decides for itself, the MSE term of a training by Eq. 7 alone, and how to learn
+    from a network where there is none to learn from."""
+    if name in ("distill_alpha", "distill_tau"):
+        return not run.training.get("distill")
     if name in ("lam", "phi"):
         return run.training.get("loss") == "sdt" and not run.training.get("switch_to_tet")
     return name in _BUILT_IN and is_own_model(str(run.network.get("model", "")))
@@ -107,13 +112,15 @@ def _value(name: str, value: Any) -> str:
     if name == "loss":
         return str(value).upper()
     if name == "tit":
-        stages = [stage.split(":") for stage in str(value).split(",")]
-        return ", then ".join(
-            f"T={stage[0]} for {stage[1]} epoch{'s' * (stage[1] != '1')}" for stage in stages if len(stage) > 1
-        )
+        return ", then ".join(_stage(*stage.split(":")[:3]) for stage in str(value).split(",") if ":" in stage)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _stage(T: str, epochs: str, lr: str = "") -> str:
+    """Of time inheritance training; its own learning rate, if it has one."""
+    return f"T={T} for {epochs} epoch{'s' * (epochs != '1')}" + (f" at learning rate {lr}" if lr else "")
 
 
 def _count(value: Any) -> str:
