@@ -292,7 +292,11 @@ def test_savings_are_those_of_the_steps_that_each_image_took() -> None:
     assert [entry["num_images"] for entry in early["by_steps"]] == np.bincount(alone.steps, minlength=T + 1)[
         1:
     ].tolist()
-    assert early["accuracy"] == pytest.approx((alone.logits.argmax(-1) == labels).mean())
+    right = alone.logits.argmax(-1) == labels
+    assert early["accuracy"] == pytest.approx(right.mean())
+    for entry in early["by_steps"]:
+        those = right[alone.steps == entry["T"]]
+        assert entry["accuracy"] == (pytest.approx(those.mean()) if len(those) else None)
     assert early["fixed_accuracy"] == 0.98 == result["rows"][-1]["accuracy"]
     assert (early["lost"], early["gained"]) == (len(other) - 1, 1) and early["lost"] > 1
     assert [(row["T"], row["accuracy"]) for row in result["rows"]] == [
