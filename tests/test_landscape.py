@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from matplotlib.colors import LogNorm
+from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -366,11 +367,12 @@ class TestFigure:
 
     def test_each_number_is_in_its_column(self) -> None:
         shown = bowl()
-        shown.accuracy[1] = 0.5
-        rows = zip(*(column.cells for column in landscape_table(shown, 0.5).columns), strict=True)
+        shown.accuracy[1, 2, 2] = 0.5
+        shown.tet_loss = 2 * shown.sdt_loss + 1
+        rows = zip(*(column.cells for column in landscape_table(shown, 1.0).columns), strict=True)
         assert [[str(cell) for cell in row] for row in rows] == [
-            ["flat", "100.00%", "0.1000", "0.2500", "0.2500", "1.1000", "0.2500", "0.2500"],
-            ["sharp", "50.00%", "0.1000", "1.0000", "1.0000", "1.1000", "1.0000", "1.0000"],
+            ["flat", "100.00%", "0.1000", "0.5833", "1.0000", "1.2000", "1.1667", "2.0000"],
+            ["sharp", "50.00%", "0.1000", "2.3333", "4.0000", "1.2000", "4.6667", "8.0000"],
         ]
 
     def test_what_is_not_finite_stays_json(self) -> None:
@@ -429,9 +431,12 @@ class TestFigure:
 
     def test_alpha_goes_right_and_both_losses_share_their_levels(self, tmp_path: Path, meshes: list[Any]) -> None:
         shown = bowl()
-        shown.sdt_loss[0, 4, 0] = 3.0  # at alpha = 1, beta = -1
+        shown.sdt_loss[0, 4, 0] = 6.0  # at alpha = 1, beta = -1
         plot_landscape(shown, tmp_path / "plot.png", radius=0.5)
-        assert meshes[0].get_array()[0, 4] == 3.0  # [beta, alpha]
+        assert meshes[0].get_array()[0, 4] == 6.0  # [beta, alpha]
+        (lines,) = (drawn for drawn in meshes[0].axes.collections if isinstance(drawn, ContourSet))
+        alpha, beta = lines.get_paths()[[*lines.levels].index(5)].vertices.T
+        assert alpha.min() > 0.5 and beta.max() < -0.5
         assert (meshes[0].norm.vmin, meshes[0].norm.vmax) == (pytest.approx(0.1), pytest.approx(9.1))
 
     def test_names_of_any_bytes(self, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
 ) -> None:
     snn = run_folder(tmp_path / "snn")
     for kind in ("validate", "sweep"):
-        write(snn / f"m.{kind}.json", result(kind=kind))
+        write(snn / f"m.{kind}.json", result(kind=kind, runtime="onnxruntime", images_sha256="ef" * 32))
     metrics = [epoch(1, val_accuracy=0.5), epoch(2, T=1, val_accuracy=0.97), epoch(3, val_accuracy=0.6)]
     ann = run_folder(tmp_path / "ann", ann=True, kept=2, metrics=metrics, seed=3, lr=0.00125, clip=1.0)
     results = read_results([snn, ann])
@@ -277,7 +277,18 @@ def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
     sha256 = sha256_of(ann / "checkpoint.safetensors")
     origin = (("checkpoint", "checkpoint.safetensors"), ("its SHA-256", sha256), ("written", "now"))
     assert (before.rows, after.rows) == ((("checkpoint", "not here"),), (*origin, ("versions", "torch 9")))
-    assert {("results", "m.validate.json, m.sweep.json"), ("layout", "unrolled"), ("device", "cpu")} <= {*measured.rows}
+    assert measured.rows == (
+        ("results", "m.validate.json, m.sweep.json"),
+        ("model", "runs/a/model-T3.onnx"),
+        ("its SHA-256", "ab" * 32),
+        ("layout", "unrolled"),
+        ("data", "200 images of digits"),
+        ("their SHA-256", "ef" * 32),
+        ("device", "cpu"),
+        ("runtime", "onnxruntime"),
+        ("measured", "2026-01-02T03:04:05+00:00"),
+        ("versions", "tetdeploy 0.1.0, onnxruntime 1.32.0"),
+    )
 
 
 def test_seeds_stand_in_their_order_and_one_that_finished_has_no_deviation(tmp_path: Path) -> None:
