@@ -229,6 +229,14 @@ def test_each_number_of_a_validation_is_in_its_column_of_the_terminal() -> None:
     assert str(note).endswith("|u - v_th| / v_th is 2.0e-07 (median of 8; at most 4.0e-07)")
 
 
+def test_of_a_reference_it_is_said_how_many_images_and_steps_were_compared() -> None:
+    compared = {"with": "reference", "num_images": 50, "T": 3}
+    _, _, heading, _, note, layers, _ = validation.shown(result(agreement=compared, uncounted=[]), layers=True)
+    assert heading == "compared with what PyTorch made of the 50 images of the reference, T up to 3"
+    assert str(note).startswith("* the T of the training; spike count error: ")
+    assert layers == "layers of neurons, T=3"  # on all images, of which PyTorch may have seen fewer
+
+
 def test_the_epoch_that_was_kept_has_its_own_numbers_and_the_run_all_its_time() -> None:
     best = epoch(1, seconds=1800.0, train_accuracy=0.9, val_accuracy=0.95)
     metrics = (best, epoch(2, seconds=5400.0))

@@ -224,9 +224,10 @@ def test_layers_of_another_precision_than_the_model_have_their_own_price() -> No
 
 
 def test_prices_are_those_of_each_precision_unless_given() -> None:
-    layers = [{"precision": "fp32"}, {"precision": "int8"}]
+    layers = [{"precision": "fp32"}, {"precision": "fp16"}, {"precision": "int8"}]
     shown = {
-        "Horowitz": "4.6 pJ a multiply-accumulate and 0.9 pJ an addition in fp32, "
+        "Horowitz": "1.5 pJ a multiply-accumulate and 0.4 pJ an addition in fp16, "
+        "4.6 pJ a multiply-accumulate and 0.9 pJ an addition in fp32, "
         "0.3 pJ a multiply-accumulate and 0.1 pJ an addition in int8",
         "given: ac_pj 0.5, mac_pj 2": "2 pJ a multiply-accumulate and 0.5 pJ an addition",
     }
@@ -235,6 +236,7 @@ def test_prices_are_those_of_each_precision_unless_given() -> None:
         assert _prices(SimpleNamespace(details=details)) == prices  # type: ignore[arg-type]
     details = {"constants": energy_constants("int8", ac_pj=0.2).to_dict(), "layers": layers}
     assert _prices(SimpleNamespace(details=details)) == (  # type: ignore[arg-type]
+        "1.5 pJ a multiply-accumulate and 0.2 pJ an addition in fp16, "
         "4.6 pJ a multiply-accumulate and 0.2 pJ an addition in fp32, "
         "0.3 pJ a multiply-accumulate and 0.2 pJ an addition in int8"
     )
