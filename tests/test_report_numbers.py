@@ -331,6 +331,9 @@ def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, li
     bar = steps.collections[1].get_segments()[1]
     assert bar[:, 1] == pytest.approx([0.905 - 0.5**0.5 / 100, 0.905 + 0.5**0.5 / 100])
     assert [axes.get_legend_handles_labels()[1] for axes in (steps, energy)] == [["one", "other"]] * 2
+    across, up = energy.collections[0].get_segments()[1], painted["sections.cost"][0].collections[1].get_segments()[1]
+    microjoules = pytest.approx([4.08 - 2.72 * 0.5**0.5, 4.08 + 2.72 * 0.5**0.5])
+    assert across[:, 0] == microjoules and up[:, 1] == microjoules
 
     captions = [item.caption for section in CURVES for item in items(results, section) if isinstance(item, Plot)]
     told = "Means over seeds (one: 2 of 3 seeds); bars are their standard deviation."
@@ -433,16 +436,23 @@ def test_the_star_of_an_ann_of_several_seeds_is_their_mean(tmp_path: Path, paint
     snn = run_folder(tmp_path / "snn")
     write(snn / "m.sweep.json", result(kind="sweep"))
     for seed in range(2):
-        run_folder(tmp_path / "ann" / f"seed-{seed}", ann=True, seed=seed, metrics=reached(0.7 + seed / 10))
-    document_of(read_results([snn, tmp_path / "ann"]))
+        metrics = [epoch(1, val_accuracy=0.7 + seed / 10), epoch(2, val_accuracy=0.1)]
+        run_folder(tmp_path / "ann" / f"seed-{seed}", ann=True, seed=seed, metrics=metrics)
+    results = read_results([snn, tmp_path / "ann"])
+    (seeds,) = tables(results, "Seeds")
     assert [*painted["sections.accuracy"][1].lines[-1].get_ydata()] == [0.75]
+    assert seeds.rows == (
+        ("0", "1", "70.00%"),
+        ("1", "1", "80.00%"),
+        ("mean ± standard deviation", "", "75.00% ± 7.07%"),
+    )
 
 
 def test_the_mean_of_results_is_that_of_each_number_that_all_have() -> None:
     one = {"a": 1, "b": True, "c": "x", "rows": [{"T": 1, "y": 1.0}, {"T": 2, "y": 5.0}], "only": 1, "same": [1, 2]}
     two = {"a": 2, "b": False, "c": "y", "rows": [{"T": 2, "y": 6.0}, {"T": 3, "y": 1.0}], "same": [1, 2]}
     wanted = {"a": 1.5, "b": None, "c": None, "rows": [{"T": 2, "y": 5.5}], "same": [1, 2]}
-    assert mean_of([one, two]) == wanted
+    assert mean_of([one, two]) == wanted and mean_of([1, 2, 6]) == 3
     assert [mean_of([None, other]) for other in (1.0, {"y": 1.0}, [1.0])] == [None] * 3
 
 
