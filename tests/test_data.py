@@ -58,6 +58,7 @@ from tetdeploy.data.folder import class_files
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.images import channel_statistics, mixed_order, stratified
 from tetdeploy.provenance import images_sha256
+from tetdeploy.signals import handled
 
 NO_DATA = Path("nowhere")
 
@@ -823,7 +824,7 @@ def test_ctrl_c_waits_for_the_images_that_are_being_decoded_alone() -> None:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         time.sleep(0.02)
 
-    with pytest.raises(KeyboardInterrupt):
+    with handled(signal.default_int_handler, signal.SIGINT), pytest.raises(KeyboardInterrupt):
         decoding.in_threads(decode, 100, None)
     assert len(decoded) < 100
 
