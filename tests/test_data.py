@@ -772,17 +772,28 @@ def test_cache_sees_files_change_places_that_have_one_size_and_time(tmp_path: Pa
 
 
 @pytest.mark.parametrize("root", ["set", ".", "/"])
-def test_cache_takes_texts_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
+def test_a_fingerprint_is_of_paths_below_the_root_sizes_and_times(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    """Whether paths are texts or Paths; another one would void all caches."""
     folder = make_tree(tmp_path / "set")
     (folder / "train/cat/é\udcff.png").symlink_to("gone.png")
     monkeypatch.chdir(folder if root == "." else tmp_path)
     place = {"set": Path("set"), ".": Path(), "/": folder}[root]
+    digest = hashlib.sha256(b"2")
     paths = sorted((place / "train").glob("*/*"))
+    for path in paths:
+        digest.update(os.fsencode(path.relative_to(root)))
+        if path.exists():
+            stat = path.stat()
+            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0".encode())
     listed = [path for found in class_files(place / "train").values() for path in found]
     assert listed == [str(path) for path in paths] and len(listed) == 7
-    for sources, made in ((paths, np.zeros(1)), (listed, None), (paths[1:], np.ones(1))):
-        kept = Cache(Path(root), sources).get("made", lambda a=made: {"a": a})  # type: ignore[misc]
-        assert kept["a"] == (len(sources) == 6)
+    for sources in (paths, listed):
+        Cache(Path(root), sources).get("made", lambda: {"a": np.zeros(1)})
+        [kept] = cache_folder.iterdir()
+        assert files.read_npz(kept)["fingerprint"] == digest.hexdigest()
+        kept.unlink()
 
 
 def test_cache_is_not_scattered_over_working_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

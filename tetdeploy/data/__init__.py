@@ -73,6 +73,7 @@ _CHOICES = f"{', '.join(DATA_NAMES)}, imagenet:PATH, folder:PATH, events:PATH, s
 _BY_TIME = "by-time:"
 _EVENTS = "events:"
 _SACCADES = "saccades:"
+_OF_PATHS = ("folder:", "imagenet:", _EVENTS)  # what stands before a path
 
 
 def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, trained: Framing | None = None) -> LabelledSet:
@@ -231,15 +232,16 @@ def _place(name: str) -> tuple[str, str]:
 def _is_path(name: str) -> bool:
     """Whether a set lies where its name says, whatever --data-dir is."""
     kind, _ = _parts(name)
-    return is_npz(name) or kind.removeprefix(_SACCADES) in ("folder:", "events:", "imagenet:")
+    return is_npz(name) or kind.removeprefix(_SACCADES) in _OF_PATHS
 
 
 def _parts(name: str) -> tuple[str, Path]:
     """What kind of set it is, and what follows: a path, which may have colons too, or the name of a set."""
     plain = name.removeprefix(_BY_TIME)
     plain = re.sub(r"@\d+$", "", plain) if plain.startswith("imagenet") else plain
-    path = re.sub("^(saccades:)?((folder|events|imagenet):)?", "", plain)
-    return plain.removesuffix(path), Path(path).expanduser()
+    saccades = _SACCADES if plain.startswith(_SACCADES) else ""
+    kind = next((saccades + kind for kind in _OF_PATHS if plain.startswith(saccades + kind)), saccades)
+    return kind, Path(plain.removeprefix(kind)).expanduser()
 
 
 def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
