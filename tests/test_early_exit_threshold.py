@@ -722,6 +722,8 @@ def test_a_copy_of_the_folder_that_was_trained_on_is_known(
     assert run("calibrate", model, "--data", copy, "--T", 1).exit_code == 0
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"]) == (f"{copy} (held out)", len(held_out))
+    monkeypatch.setattr("tetdeploy.data.is_copy", lambda *_, **__: pytest.fail("asked for images of the training"))
+    assert run("calibrate", model, "--data", copy, "--split", "test", "--T", 1).exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["calibrate", "early-exit"])

@@ -109,8 +109,9 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
 
     name, known = _data_name(engine, data), said_of_data(engine)
     own_fraction = float(engine.metadata["source"].get("training", {}).get("val_fraction", 0.0))
-    trained_on = same_data(name, own_data(engine)) or is_copy(
-        name, T=engine.trained_T, fraction=own_fraction, known=known
+    trained_on = same_data(name, own_data(engine)) or (
+        split != "test"  # for which no training part need be there
+        and is_copy(name, T=engine.trained_T, fraction=own_fraction, known=known)
     )
     if is_npz(name) and not trained_on:
         if split is not None:
