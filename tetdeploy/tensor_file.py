@@ -10,6 +10,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,8 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
 
     try:
-        if not is_utf8(path):  # which safetensors itself cannot open
+        # Windows puts no file in the place of one that is mapped; the names of others safetensors itself cannot open
+        if sys.platform == "win32" or not is_utf8(path):
             return dict(safetensors.load(Path(path).read_bytes()))
         return dict(safetensors.load_file(path))
     except SafetensorError as error:

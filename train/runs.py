@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -311,9 +312,9 @@ def _is_latest(out: Path, latest: Path) -> bool:
 
 
 def mark_latest(out: Path, runs: Path) -> None:
-    """Let `runs/latest` point at `out`, unless that is a folder of this name: a symlink, relative unless `out` is on
-    another drive of Windows, or a text file with the path where there are no symlinks. Where that cannot be written, a
-    warning says so of a run that lies elsewhere.
+    """Let `runs/latest` point at `out`, unless that is a folder of this name: a symlink, or, on Windows and where there
+    are no symlinks, a text file with the path, relative unless `out` is on another drive of Windows. Where that cannot
+    be written, a warning says so of a run that lies elsewhere.
 
     Raises:
         OSError: it cannot be written, and the run lies in `runs`, of which later commands take the latest.
@@ -326,7 +327,7 @@ def mark_latest(out: Path, runs: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".latest.", dir=runs) as folder:
             link = Path(folder) / LATEST_NAME
             try:
-                link.symlink_to(target, target_is_directory=True)
+                _link(link, target)
             except (OSError, NotImplementedError):
                 link.write_bytes(os.fsencode(f"{target.as_posix()}\n"))
             link.replace(latest)
@@ -336,6 +337,12 @@ def mark_latest(out: Path, runs: Path) -> None:
             raise OSError(f"{text}: remove it, or train with another --runs") from error
         text += ": name the run in later commands, or train with another --runs"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _link(link: Path, target: Path) -> None:
+    if sys.platform == "win32":
+        raise NotImplementedError("Windows puts no link in the place of another that leads to a folder")
+    link.symlink_to(target, target_is_directory=True)
 
 
 def _seen_from(runs: Path, out: Path) -> Path:
