@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -292,13 +293,25 @@ def test_ctrl_c_while_a_model_is_measured_ends_a_server_before_it_listens(monkey
     monkeypatch.setattr(server, "Metrics", lambda: Metrics(CollectorRegistry()))
     monkeypatch.setattr(server, "step_energy_pj", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(server, "_listening", lambda _: pytest.fail("it listens"))
+    with pytest.raises(KeyboardInterrupt):
+        _serve(announce=print)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="where this ends the process")
+def test_ctrl_c_stops_a_server_where_a_loop_handles_no_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "Metrics", lambda: Metrics(CollectorRegistry()))
+    monkeypatch.setattr(
+        asyncio.SelectorEventLoop, "add_signal_handler", Mock(side_effect=NotImplementedError)
+    )  # Windows
+    assert _serve(announce=lambda *_: os.kill(os.getpid(), signal.SIGINT)) == 0
+
+
+def _serve(announce: Callable[[str, str], None]) -> int:
     engines, sizes = {"m": Engine(exported("step"), threads=1)}, Sizes(1, 1, 1)
-    serving = server.serve(
-        engines, Address("127.0.0.1", 0, 0), Limits(), Bounds(1, 1, 1), sizes=sizes, threads=1, announce=print
-    )
+    address, bounds = Address("127.0.0.1", 0, 0), Bounds(1, 1, 1)
     # A shell has it ignored in what runs in its background.
-    with handled(signal.default_int_handler, signal.SIGINT), pytest.raises(KeyboardInterrupt):
-        asyncio.run(serving)
+    with handled(signal.default_int_handler, signal.SIGINT):
+        return asyncio.run(server.serve(engines, address, Limits(), bounds, sizes=sizes, threads=1, announce=announce))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

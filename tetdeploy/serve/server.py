@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any, NoReturn
 
 import grpc
@@ -28,7 +29,7 @@ from tetdeploy.serve.protocol import Models, OpenInferenceModel
 from tetdeploy.serve.rest import application
 from tetdeploy.serve.rpc import Inferences, grpc_server
 from tetdeploy.serve.scheduler import GRACE_SECONDS, Limits
-from tetdeploy.signals import terminations
+from tetdeploy.signals import handled, terminations
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 75  # longer than proxies keep a connection idle, or they may ask at the moment it is closed
@@ -86,8 +87,8 @@ async def serve(
         models.append(OpenInferenceModel(served))
         await asyncio.sleep(0)  # for a Ctrl-C until now to end it here, and not as gRPC starts, which would complain
     named = Models(models)
-    stop, budget = _stop_signal(), Budget(sizes.max_total)
-    with _listening(address) as listener:
+    budget = Budget(sizes.max_total)
+    with _stop_signal() as stop, _listening(address) as listener:
         inferences = Inferences(named, metrics, sizes, budget)
         rpc = grpc_server(named, inferences, sizes)
         grpc_port = await _start_grpc(rpc, address, listener.getsockname()[0])
@@ -147,17 +148,17 @@ async def _drain(models: list[OpenInferenceModel], end: float, cut_off: int) -> 
         os._exit(1)
 
 
-def _stop_signal() -> asyncio.Event:
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[asyncio.Event]:
     """An event that SIGINT, SIGTERM and SIGHUP set. A SIGINT after that ends the process at once."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def set_stop() -> None:
-        stop.set()
-        loop.add_signal_handler(signal.SIGINT, os._exit, 128 + signal.SIGINT)
+    def set_stop(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(stop.set)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
-    for number in (signal.SIGINT, *terminations()):
-        loop.add_signal_handler(number, set_stop)
-    return stop
+    with handled(set_stop, signal.SIGINT, *terminations()):  # Windows' loops take no handlers
+        yield stop
 
 
 async def _expire(models: list[ServedModel], timeout: float) -> NoReturn:
