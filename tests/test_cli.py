@@ -1458,6 +1458,15 @@ def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "next: tetdeploy report 'a b/[x].onnx'\nof [x].onnx\n"
 
 
+@pytest.mark.parametrize(("system", "shown"), [("linux", r"'runs\a' 'b c'"), ("win32", r'runs\a "b c"')])
+def test_the_next_command_is_quoted_for_the_shell_of_the_system(
+    system: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    say_next("report", r"runs\a", "b c")
+    assert capsys.readouterr().out == f"next: tetdeploy report {shown}\n"
+
+
 def test_paths_that_begin_with_a_dash_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     say_next("export", Path("-dash"), "--T", 6, "--distill", Path("a-dash"))
     say_next(*after_export(Path("-dash/m.onnx"), "cpu"))

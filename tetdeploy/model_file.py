@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tetdeploy.energy import layers_of
 from tetdeploy.form import COUNT, NUMBER, STEP, check_form, parse_json
 from tetdeploy.provenance import ORIGIN
+from tetdeploy.wording import quoted
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
@@ -62,9 +62,7 @@ def read_model(path: Path) -> bytes:
     if path.suffix == ".engine":
         raise ValueError(f"{path} is a TensorRT engine; here the .onnx file it was built from is needed")
     if path.suffix == ".safetensors":
-        raise ValueError(
-            f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {shlex.quote(str(path))}"
-        )
+        raise ValueError(f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {quoted(path)}")
     return path.read_bytes()
 
 

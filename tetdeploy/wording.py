@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 
 
@@ -14,6 +17,12 @@ def shorten(names: Sequence[str], limit: int = 5) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`."""
     return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def quoted(*words: object) -> str:
+    """Words as they are typed into a shell; on Windows into cmd or PowerShell."""
+    texts = [str(word) for word in words]
+    return subprocess.list2cmdline(texts) if sys.platform == "win32" else shlex.join(texts)
 
 
 def in_one_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import click
@@ -15,6 +14,7 @@ from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
 from tetdeploy.model_file import read_model
 from tetdeploy.run_folder import newest_run, weights_file
+from tetdeploy.wording import quoted
 
 FORMATS = ("triton-repository", "kserve")
 DEFAULT_IMAGE = "tetdeploy:latest"
@@ -116,7 +116,7 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str, reposit
         write_json(ctx.params["json_path"], {"models": [model.to_dict() for model in added]})
     for model in added:
         console.print(f"{model.path}/{model.version}   {model.platform}")
-    console.print(f"next: tritonserver --model-repository {shlex.quote(str(repository))}   (docs/cluster.md)")
+    console.print(f"next: tritonserver --model-repository {quoted(repository)}   (docs/cluster.md)")
 
 
 def _write_service(ctx: click.Context, model: Path, name: str, path: Path) -> None:
@@ -143,5 +143,5 @@ def _write_service(ctx: click.Context, model: Path, name: str, path: Path) -> No
     copied = [model, *filter(Path.exists, beside)]
     if runtime != "onnxruntime":
         console.print(f"{image} needs the runtime: docker build --build-arg RUNTIME={runtime} ...   (docs/cluster.md)")
-    files, manifest = ", ".join(shlex.quote(str(file)) for file in copied), shlex.quote(str(path))
+    files, manifest = ", ".join(quoted(file) for file in copied), quoted(path)
     console.print(f"next: copy {files} to {storage_uri}, then kubectl apply -f {manifest}   (docs/cluster.md)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from tetdeploy.report.numbers import three_digits
 from tetdeploy.standard_output import StandardOutput, VisibleConsole
+from tetdeploy.wording import quoted
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
 console = StandardOutput(width=get_terminal_size(fallback=(120, 24)).columns)
@@ -37,7 +37,7 @@ def command_line(*words: object) -> str:
     """`tetdeploy` with these words, and the --data-dir that was typed for this command, quoted for a shell; paths that
     begin with a dash are no options."""
     words += () if words[0] in _WITHOUT_DATA else _typed_data_dir()
-    return shlex.join(["tetdeploy", *(_undashed(word) if isinstance(word, Path) else str(word) for word in words)])
+    return quoted("tetdeploy", *(_undashed(word) if isinstance(word, Path) else word for word in words))
 
 
 _WITHOUT_DATA = ("build", "report")  # of the commands that are named as the next

@@ -11,7 +11,6 @@ and after T steps in any case. A threshold of 1 stops no image early.
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +23,7 @@ from tetdeploy.files import sha256_of
 from tetdeploy.form import FRACTION, STEP, check_form, parse_json
 from tetdeploy.model_file import refuse_folder
 from tetdeploy.runtimes.manifest import read_manifest
+from tetdeploy.wording import quoted
 
 Criterion = Literal["confidence", "margin"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -127,7 +127,7 @@ def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
     if calibrated_T > T:
         raise ValueError(
             f"the threshold of {model} was found for T={calibrated_T} and says nothing of T={T}; "
-            f"run: tetdeploy calibrate {shlex.quote(str(_graph(Path(model))[0]))} --T {T}"
+            f"run: tetdeploy calibrate {quoted(_graph(Path(model))[0])} --T {T}"
         )
 
 
@@ -142,7 +142,7 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
     graph, said = _graph(Path(model))
     refuse_folder(graph)
     sha256 = sha256 or (sha256_of(graph) if said is None else said)
-    path, again = exit_path(graph), f"run: tetdeploy calibrate {shlex.quote(str(graph))}"
+    path, again = exit_path(graph), f"run: tetdeploy calibrate {quoted(graph)}"
     if not path.is_file():
         raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
     try:

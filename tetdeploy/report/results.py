@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
 from tetdeploy.run_folder import seed_runs
-from tetdeploy.wording import counted
+from tetdeploy.wording import counted, quoted
 
 
 @dataclass(frozen=True)
@@ -304,7 +303,7 @@ def _on_one_data_set(measured: list[tuple[str, Measurement]], notes: list[str]) 
         if (on := data.get(m.name, kept)) == kept:
             comparable.append((stem, m))
         else:
-            again = shlex.join(["tetdeploy", "report", *map(str, m.files)])
+            again = quoted("tetdeploy", "report", *m.files)
             notes.append(f"{m.name} is left out: it is on {on}, not {kept}; by itself: {again}")
     return comparable
 

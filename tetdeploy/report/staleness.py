@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tetdeploy.files import sha256_of
 from tetdeploy.report.merging import has_accuracy
 from tetdeploy.report.reading import json_object
 from tetdeploy.run_folder import CHECKPOINT_NAME, other_checkpoint
+from tetdeploy.wording import quoted
 
 
 def stale(content: Mapping[str, Any], files: Sequence[Path]) -> str | None:
@@ -52,4 +52,4 @@ def _commands(file: Path, model: Path) -> list[str]:
     commands = [["tetdeploy", kind, str(model), *data, *against, *on]]
     if kind == "early-exit":
         commands.insert(0, ["tetdeploy", "calibrate", str(model), *on])
-    return [shlex.join(words) for words in commands]
+    return [quoted(*words) for words in commands]
