@@ -590,8 +590,9 @@ class TestReading:
         run = run_folder(tmp_path / "a")
         model = run / "model-T3.onnx"
         model.write_bytes(b"a new export")
-        file = write(run / "model-T3.sweep.json", result(kind="sweep"))
-        for path in (run, file):
+        file = run / "model-T3.sweep.json"
+        for path, measured in ((run, "runs/a/model-T3.onnx"), (file, r"D:\runs\model-T3.onnx")):
+            write(file, result(kind="sweep", model=measured))
             (note,) = read_results([path]).notes
             assert f"{file} is of another model (abababababab) than {model} is now" in note
             assert note.endswith(f"measure again: tetdeploy sweep {shlex.quote(str(model))} --data digits")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from tetdeploy.files import sha256_of
@@ -17,7 +17,7 @@ def stale(content: Mapping[str, Any], files: Sequence[Path]) -> str | None:
     """The note on a result that is of another model or checkpoint than lies beside its files; None if it is not, or
     does not say what it is of."""
     folder, named = files[0].parent, _listed(files)
-    model = folder / Path(content["model"]).name
+    model = folder / PureWindowsPath(content["model"]).name  # which knows both separators: results move
     measured = content.get("model_sha256")
     if measured and model.is_file() and (found := sha256_of(model)) != measured:
         return f"{named} of another model ({measured[:12]}) than {model} is now ({found[:12]}); {_again(files, model)}"
