@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -887,6 +888,13 @@ def test_large_networks_have_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -
     assert not Engine(exported("step")).native
     with pytest.raises(ValueError, match="not compiled"):
         Engine(exported("step"), native=True)
+
+
+@pytest.mark.parametrize(("system", "why"), [("linux", "with a C compiler"), ("win32", "not compile on Windows")])
+def test_why_there_is_no_library(system: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(sys, "platform", system)
+    assert why in str(native.missing())
 
 
 def test_where_there_is_nothing_to_do_the_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def missing() -> str | None:
     if switch == "0":
         return "the native operator is switched off by TETDEPLOY_NATIVE=0"
     if library() is None:
+        if sys.platform == "win32":
+            return "the native operator does not compile on Windows"
         return "the native operator was not compiled: with a C compiler (GCC or Clang) at hand, install tetdeploy again"
     if importlib.util.find_spec("onnx") is None:
         return "the native operator needs the package onnx: pip install onnx"
