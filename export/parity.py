@@ -199,9 +199,7 @@ def _compare_batch(
     Returns:
         The neuron-steps that differ by image, `[N]`, and which layers fired in the graph, `[layers]`.
     """
-    names = [neuron["name"] for neuron in engine.metadata["neurons"]]
-    per_step, by_name = _run_engine(engine, spikes_overlay(names), x, sums.T, names, state)
-    spikes = [by_name[f"spikes.{name}"] for name in names]
+    per_step, spikes = _run_engine(engine, x, sums.T, state)
     counts: list[NDArray[np.int64]] = []
     watch = None if answers is None else partial(_count, counts)
     expected, differing = sums.add(x, per_step, spikes, state, watch=watch)
@@ -302,14 +300,11 @@ def _is_at_threshold(
 
     Args: see `_rounding`; here each image is ticked once.
     """
-    names = [neuron["name"] for neuron in engine.metadata["neurons"]]
-    others = others or RoundedOtherwise(classifier)
-    differ = np.zeros(len(names), np.bool_)
-    farthest, moved = np.zeros(len(names)), np.zeros(len(names))
+    num_layers, others = len(engine.metadata["neurons"]), others or RoundedOtherwise(classifier)
+    differ, farthest, moved = np.zeros(num_layers, np.bool_), np.zeros(num_layers), np.zeros(num_layers)
     for part in parts(len(x), 1, tick):
         image, u = x[part], None if state is None else [layer[part] for layer in state]
-        by_name = _run_engine(engine, spikes_overlay(names), image, T, names, u)[1]
-        spikes = [by_name[f"spikes.{name}"] for name in names]
+        _, spikes = _run_engine(engine, image, T, u)
         own = _layers_alone(classifier, image, T, spikes, u)
         for layer, (_, _, distances) in enumerate(own):
             differ[layer] |= distances.numel() > 0
@@ -379,17 +374,15 @@ class RoundedOtherwise:
 
 
 def _run_engine(
-    engine: Engine,
-    overlay: bytes,
-    x: NDArray[Any],
-    T: int,
-    names: Sequence[str],
-    state: Sequence[NDArray[Any]] | None,
-) -> tuple[NDArray[Any], Mapping[str, NDArray[Any]]]:
+    engine: Engine, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None
+) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+    """Per-step logits `[N, T, K]` and every layer's spikes, as the graph computes them: see `run_torch`."""
+    names = [neuron["name"] for neuron in engine.metadata["neurons"]]
+    overlay, spikes = spikes_overlay(names), [f"spikes.{name}" for name in names]
     if state is None:
-        result, spikes = engine.run_with(overlay, x, T)
-        return result.per_step, spikes
+        result, outputs = engine.run_with(overlay, x, T)
+        return result.per_step, [outputs[name] for name in spikes]
     stream = Stream(engine, len(x), engine.overlaid(overlay)[0])
     stream.state = {f"u.{name}": u for name, u in zip(names, state, strict=True)}
-    outputs = stream.call(x[:, :T] if engine.encoding == "frames" else x, [f"spikes.{name}" for name in names])
-    return outputs["per_step"], outputs
+    outputs = stream.call(x[:, :T] if engine.encoding == "frames" else x, spikes)
+    return outputs["per_step"], [outputs[name] for name in spikes]

@@ -380,7 +380,7 @@ def test_what_rounding_began(
 ) -> None:
     net, spikes = calibrated(Constant(**options)), np.array(fired, np.float32)[:, None]
     engine: Any = SimpleNamespace(metadata={"neurons": [{"name": "lif"}]})
-    monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, {"spikes.lif": spikes}))
+    monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, [spikes]))
     u = None if state is None else [np.array([state, state], np.float32)]
     assert _is_at_threshold(net, engine, digits().images[:2], 2, u) is expected
 
@@ -392,7 +392,7 @@ def test_every_image_says_what_rounding_began(
 ) -> None:
     near, engine = [[1, 0, 0, 1], [0, 0, 0, 1]], SimpleNamespace(metadata={"neurons": [{"name": "lif"}]})
     left = [np.array(fired, np.float32)[:, None] for fired in ((other, near) if first else (near, other))]
-    monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, {"spikes.lif": left.pop(0)}))
+    monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, [left.pop(0)]))
     net, images = calibrated(Constant()), digits().images[:2]
     assert _is_at_threshold(net, engine, images, 2, None) is expected  # type: ignore[arg-type]
 
@@ -412,8 +412,7 @@ class TwoLayers(nn.Module):
 
 def test_each_layer_is_judged_by_its_own_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = SimpleNamespace(metadata={"neurons": [{"name": "one"}, {"name": "two"}]})
-    fired = {"one": [[1, 0, 0, 1], [0, 0, 0, 1]], "two": [[0] * 4, [1] * 4]}
-    spikes = {f"spikes.{name}": np.array(of, np.float32)[:, None] for name, of in fired.items()}
+    spikes = [np.array(fired, np.float32)[:, None] for fired in ([[1, 0, 0, 1], [0, 0, 0, 1]], [[0] * 4, [1] * 4])]
     monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, spikes))
     net = calibrated(TwoLayers())
     assert not _is_at_threshold(net, engine, digits().images[:1], 2, None)  # type: ignore[arg-type]
