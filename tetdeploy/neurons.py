@@ -173,20 +173,8 @@ def _strides(shape: Sequence[int], order: list[int]) -> list[int]:
 
 
 @_lif.register_fake
-def _(current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: float) -> tuple[Tensor, Tensor]:
-    return _empty_sequence(current), _empty_step(current)
-
-
 @_lif_backward.register_fake
-def _(
-    current: Tensor,
-    u: Tensor | None,
-    grad_spikes: Tensor | None,
-    grad_u_last: Tensor | None,
-    tau: float,
-    v_th: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:
+def _(current: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return _empty_sequence(current), _empty_step(current)
 
 

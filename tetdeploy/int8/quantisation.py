@@ -135,18 +135,9 @@ def _channels(dims: int, axis: int) -> list[int]:
 
 @int8_conv.register_fake
 def _(
-    spikes: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-    scale: float,
-    zero: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    spikes: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, scale: float, zero: int, *places: Any
 ) -> Tensor:
-    return _CONV[weight.dim() - 2](spikes, weight.float(), None, stride, padding, dilation, groups)
+    return _sums(spikes, weight, *places)
 
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
