@@ -17,8 +17,8 @@ from tetdeploy.cli.options import (
     data_dir_option,
     opens_model,
     output_path,
-    parsed_steps,
     result_option,
+    steps_option,
 )
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.files import write_json
@@ -50,12 +50,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     type=Numbers(),
     help="Threads of an operation. [default: 1 and all cores, or what affinity and a CPU quota leave; on a GPU 1]",
 )
-@click.option(
-    "--T",
-    "steps",
-    callback=parsed_steps,
-    help="Steps: 6, 1:6 or 1,2,4. [default: the graph's, or else the training's]",
-)
+@steps_option("the graph's, or else the training's")
 @click.option("--repeats", type=AT_LEAST_1, help="Timed calls of each setting. [default: by --seconds]")
 @click.option(
     "--seconds",

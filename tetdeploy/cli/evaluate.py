@@ -21,8 +21,8 @@ from tetdeploy.cli.options import (
     json_option,
     limit_option,
     own_network_option,
-    parsed_steps,
     runs_option,
+    steps_option,
     torch_batch_option,
     torch_device_option,
     torch_precision_option,
@@ -53,12 +53,7 @@ Examples:
 """,
 )
 @click.argument("checkpoints", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
-@click.option(
-    "--T",
-    "steps",
-    callback=parsed_steps,
-    help="Steps: 6, 1:6 or 1,2,4. [default: 1:8; of recordings 1 to the training's]",
-)
+@steps_option("1:8; of recordings 1 to the training's")
 @click.option(
     "--split",
     default="test",

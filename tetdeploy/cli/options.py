@@ -123,8 +123,12 @@ def _holds_predictions(path: Path) -> bool:
         return False
 
 
-def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) -> tuple[int, ...] | None:
-    """The callback of a --T that takes several: `6`, `1:6` or `1,2,4`."""
+def steps_option(default: str) -> Callable[[F], F]:
+    """The --T of a command that takes several; `default` says which it takes where none is given, as None."""
+    return click.option("--T", "steps", callback=_parsed_steps, help=f"Steps: 6, 1:6 or 1,2,4. [default: {default}]")
+
+
+def _parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) -> tuple[int, ...] | None:
     if steps is None:
         return None
     try:

@@ -20,8 +20,8 @@ from tetdeploy.cli.options import (
     limit_option,
     opens_model,
     output_path,
-    parsed_steps,
     result_option,
+    steps_option,
     test_data_option,
 )
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
@@ -45,12 +45,7 @@ Examples:
   tetdeploy sweep --energy once --ac-pj 0.03 --mac-pj 0.23
 """,
 )
-@click.option(
-    "--T",
-    "steps",
-    callback=parsed_steps,
-    help="Steps: 6, 1:6 or 1,2,4. [default: 1 to the T of the graph; 1:8 where it is free]",
-)
+@steps_option("1 to the T of the graph; 1:8 where it is free")
 @test_data_option
 @data_dir_option
 @limit_option

@@ -18,8 +18,8 @@ from tetdeploy.cli.options import (
     limit_option,
     opens_model,
     output_path,
-    parsed_steps,
     result_option,
+    steps_option,
 )
 from tetdeploy.cli.terminal import command_line, console, image_bar, progress_bar, say_next
 from tetdeploy.extras import import_extra
@@ -46,12 +46,7 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl-C.
 """,
 )
-@click.option(
-    "--T",
-    "steps",
-    callback=parsed_steps,
-    help="Steps: 6, 1:6 or 1,2,4. [default: those of the reference, or with data as sweep]",
-)
+@steps_option("those of the reference, or with data as sweep")
 @click.option(
     "--data",
     help="A data set's name or FILE.npz with images and labels, for the accuracy. [default: only the reference images "
