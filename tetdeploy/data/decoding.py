@@ -52,7 +52,6 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
     """
     import_extra("PIL.Image", "cpu")
     sizes: list[tuple[int, ...]] = [()] * len(files)
-    errors: dict[int, str] = {}
     height, width = _first_size(files)
     colour = np.zeros(len(files), bool)
     images: NDArray[np.uint8] | None = None
@@ -61,21 +60,20 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
     except MemoryError as error:  # the first image may be a large one among small ones: then their sizes are the reason
         lacking = error
 
-    def decode(index: int) -> None:
+    def decode(index: int) -> str | None:
         try:
             image = open_image(files[index].read())
             sizes[index] = image.size[::-1]
             if images is None or (height and sizes[index] != (height, width)):
-                return  # its pixels will not be wanted
+                return None  # its pixels will not be wanted
             pixels = _pixels(image)
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
-            errors[index] = f"{files[index].name} ({error})"
-            return
+            return f"{files[index].name} ({error})"
         colour[index] = pixels.ndim == 3
         images[index] = pixels.transpose(2, 0, 1) if colour[index] else pixels
+        return None
 
-    in_threads(decode, len(files), text)
-    refuse_failed([errors[index] for index in sorted(errors)], f"{len(files)} images cannot be read")
+    refuse_failed(in_threads(decode, len(files), text), f"{len(files)} images cannot be read")
     _refuse_unequal(files, sizes)
     if images is None:
         raise lacking
@@ -119,27 +117,28 @@ def open_image(data: bytes) -> Any:
     return image
 
 
-def in_threads(decode: Callable[[int], None], count: int, text: str | None, *, chunk: int = _CHUNK) -> None:
-    """Call `decode` with 0..count-1 in threads, `chunk` a task, with a progress bar that says `text`, if any."""
+def in_threads(decode: Callable[[int], str | None], count: int, text: str | None, *, chunk: int = _CHUNK) -> list[str]:
+    """Call `decode` with 0..count-1 in threads, `chunk` a task, with a progress bar that says `text`, if any.
+
+    Returns:
+        What `decode` says is wrong, in the order of its numbers.
+    """
     ended = threading.Event()
 
-    def decode_chunk(start: int) -> int:
-        stop = min(start + chunk, count)
-        for index in range(start, stop):
-            if ended.is_set():
-                break
-            decode(index)
-        return stop - start
+    def decode_chunk(start: int) -> list[str | None]:
+        return [decode(index) for index in range(start, min(start + chunk, count)) if not ended.is_set()]
 
     # 6 threads on 2 cores took 1.4 times as long as 2: for small images they fight for the interpreter lock
-    pool = ThreadPoolExecutor(usable_cores())
+    errors, pool = list[str](), ThreadPoolExecutor(usable_cores())
     try:
         with _progress(text, count) as advance:
-            for done in pool.map(decode_chunk, range(0, count, chunk)):
-                advance(done)
+            for results in pool.map(decode_chunk, range(0, count, chunk)):
+                advance(len(results))
+                errors += filter(None, results)
     finally:  # Ctrl-C need not wait for the rest, nor for that of a task: photos and recordings take 0.1 s each
         ended.set()
         pool.shutdown(cancel_futures=True)
+    return errors
 
 
 @contextmanager

@@ -270,18 +270,17 @@ def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text
     """Read every file and hand it on with its index; then refuse, all at once, those that cannot be used."""
     if any(path.suffix.lower() != ".npz" for path in paths):
         import_extra("tonic", "events")
-    errors: dict[int, str] = {}
 
-    def read(index: int) -> None:
+    def read(index: int) -> str | None:
         try:
             use(index, read_recording(paths[index]))
         except MissingExtraError:
             raise
         except Exception as error:  # tonic and its readers raise whatever they like for damaged files
-            errors[index] = f"{paths[index]} ({in_one_line(error)})"
+            return f"{paths[index]} ({in_one_line(error)})"
+        return None
 
-    in_threads(read, len(paths), text)
-    refuse_failed([errors[index] for index in sorted(errors)], f"{len(paths)} recordings cannot be used")
+    refuse_failed(in_threads(read, len(paths), text), f"{len(paths)} recordings cannot be used")
 
 
 def read_recording(path: Path) -> Recording:

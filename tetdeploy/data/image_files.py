@@ -138,18 +138,17 @@ class FileImages:
     def _read(self, indices: Sequence[int] | NDArray[np.intp]) -> NDArray[np.uint8]:
         import_extra("PIL.Image", "cpu")
         pixels = np.empty((len(indices), *self.shape[1:]), np.uint8)
-        errors: dict[int, str] = {}
 
-        def read(position: int) -> None:
+        def read(position: int) -> str | None:
             path = self._data.path(int(indices[position]))
             try:
                 pixels[position] = read_crop(path, self._data.size)
             except ValueError as error:
-                errors[position] = str(error)
+                return str(error)
+            return None
 
         text = f"decoding {self._data.name}" if len(indices) >= _WORTH_A_BAR else None
-        in_threads(read, len(indices), text, chunk=_CHUNK)
-        refuse_unreadable([errors[position] for position in sorted(errors)])
+        refuse_unreadable(in_threads(read, len(indices), text, chunk=_CHUNK))
         return pixels
 
 
