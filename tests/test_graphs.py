@@ -13,16 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from run_helpers import metrics
+from run_helpers import metrics, toy_images
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy.cli import main
-from tetdeploy.data import ImageSet
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import How, TrainConfig, loop, train
 from tetdeploy.train.config import PRECISIONS
@@ -34,21 +32,13 @@ from tetdeploy.train.ranks import Ranks
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")]
 
 
-def images_of(count: int, seed: int) -> ImageSet:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 3, count)
-    pixels = 60 + 60 * labels[:, None, None, None] + rng.integers(-55, 56, (count, 3, 8, 8))
-    mean, std = (0.5,) * 3, (0.25,) * 3
-    return ImageSet("toy", "train", pixels.astype(np.uint8), labels.astype(np.int64), ("a", "b", "c"), mean, std)
-
-
-TRAIN, VAL = images_of(85, 1), images_of(31, 2)  # the last batch would be odd
+TRAIN, VAL = toy_images(85, 1, (3, 8, 8)), toy_images(31, 2, (3, 8, 8))  # the last batch would be odd
 
 
 def classifier(**options: Any) -> Classifier:
     torch.manual_seed(0)
     config = NetworkConfig("resnet19", 3, 3, (8, 8), width=0.125, **options)
-    data: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "class_names": ("a", "b", "c"), "data": "toy"}
+    data: dict[str, Any] = {"mean": TRAIN.mean, "std": TRAIN.std, "class_names": TRAIN.class_names, "data": "toy"}
     return Classifier(build_network(config), config=config, **data)
 
 

@@ -11,11 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from run_helpers import metrics, same_weights
+from run_helpers import metrics, same_weights, toy_images
 from safetensors.torch import load_file
 from torch import nn
 
@@ -23,7 +22,6 @@ import tetdeploy
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.cli import main
 from tetdeploy.cli.errors import INTERRUPTED
-from tetdeploy.data import ImageSet
 from tetdeploy.files import sha256_of
 from tetdeploy.inspection import inspect
 from tetdeploy.metrics import read_metrics
@@ -38,22 +36,14 @@ from tetdeploy.train.runs import run_settings
 
 STEPS = 5
 
-
-def images_of(count: int, seed: int) -> ImageSet:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 3, count)
-    pixels = 60 + 60 * labels[:, None, None, None] + rng.integers(-55, 56, (count, 1, 8, 8))
-    return ImageSet("toy", "train", pixels.astype(np.uint8), labels.astype(np.int64), ("a", "b", "c"), (0.5,), (0.25,))
-
-
-TRAIN, VAL = images_of(8 * STEPS + 2, 1), images_of(24, 2)
+TRAIN, VAL = toy_images(8 * STEPS + 2, 1, (1, 8, 8)), toy_images(24, 2, (1, 8, 8))
 
 
 def classifier(seed: int = 0, **options: Any) -> Classifier:
     torch.manual_seed(seed)
     config = NetworkConfig("convsnn", 3, 1, (8, 8), width=0.125, **options)
-    names = ("a", "b", "c")
-    return Classifier(build_network(config), config=config, mean=(0.5,), std=(0.25,), class_names=names, data="toy")
+    data: dict[str, Any] = {"mean": TRAIN.mean, "std": TRAIN.std, "class_names": TRAIN.class_names, "data": "toy"}
+    return Classifier(build_network(config), config=config, **data)
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -427,10 +417,10 @@ def test_other_settings_are_named_but_the_machine_may_be_another(tmp_path: Path)
 def test_images_in_another_order_are_refused(tmp_path: Path, how: How) -> None:
     interrupted(tmp_path / "first", STEPS + 2, how=how)
     found = find_restart(tmp_path / "first")
-    others = run_settings(classifier(), TRAIN, images_of(24, 3), settings())
+    others = run_settings(classifier(), TRAIN, toy_images(24, 3, (1, 8, 8)), settings())
     with pytest.raises(ValueError, match=r"the images are others or in another order, .* --data-dir; go on with the"):
         check_restart(found, others)
-    shorter = run_settings(classifier(), TRAIN, images_of(20, 3), settings(val_fraction=0.2))
+    shorter = run_settings(classifier(), TRAIN, toy_images(20, 3, (1, 8, 8)), settings(val_fraction=0.2))
     with pytest.raises(ValueError, match=r"val_fraction: 0.1 -> 0.2; go on with the"):  # which explains the rest
         check_restart(found, shorter)
     same = run_settings(classifier(), TRAIN, VAL, settings())

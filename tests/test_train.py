@@ -25,7 +25,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_helpers import metrics, same_weights
+from run_helpers import metrics, same_weights, toy_images
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -81,23 +81,7 @@ def wrap(network: nn.Module, class_names: tuple[str, ...] = ("dark", "middle", "
     return Classifier(network, config=config, mean=(0.5,), std=(0.25,), class_names=class_names, data="toy")
 
 
-def images_of(count: int, *, seed: int, split: Any = "train") -> ImageSet:
-    """Noise around three brightnesses: a toy learns it, but not at once."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 3, count)
-    pixels = 60 + 60 * labels[:, None, None, None] + rng.integers(-55, 56, (count, 1, 4, 4))
-    return ImageSet(
-        name="toy",
-        split=split,
-        images=pixels.astype(np.uint8),
-        labels=labels.astype(np.int64),
-        class_names=("dark", "middle", "bright"),
-        mean=(0.5,),
-        std=(0.25,),
-    )
-
-
-TRAIN, VAL = images_of(52, seed=1), images_of(31, seed=2)  # 6 steps of 8, 4 images left out
+TRAIN, VAL = toy_images(52, 1, (1, 4, 4)), toy_images(31, 2, (1, 4, 4))  # 6 steps of 8, 4 images left out
 STEPS = 6
 
 
@@ -759,7 +743,7 @@ def test_resume_with_other_settings_shows_the_difference(copied: Path) -> None:
 def test_resume_with_the_images_in_another_order_is_refused(copied: Path) -> None:
     config = copied / "config.json"
     assert read_metadata(copied)["data"]["fingerprint"] == json.loads(config.read_text())["data"]["fingerprint"]
-    others = images_of(31, seed=3)
+    others = toy_images(31, 3, (1, 4, 4))
     reason = (
         r"other settings: the images are others or in another order, .*: name the folder it was trained .*--data-dir"
     )
