@@ -136,7 +136,8 @@ def test_an_index_that_lists_a_tensor_of_no_shard_is_refused(folder: Path) -> No
 def test_content_is_read_without_torch(folder: Path) -> None:
     assert holds_shards(folder) and not holds_shards(folder.parent)
     code = (
-        "import sys; from tetdeploy import shards; print(shards.read_shards_content(sys.argv[1])['format']);"
+        "import sys; from pathlib import Path; from tetdeploy import shards;"
+        "print(shards.read_shards_content(Path(sys.argv[1]))['format']);"
         "assert not {'torch', 'safetensors'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)

@@ -68,7 +68,7 @@ _RESUME = {"epoch!": NUMBER, "step!": NUMBER, "best": {"epoch!": NUMBER, "val_ac
 
 
 def _inspect_shards(folder: Path) -> dict[str, Any]:
-    files = shard_files(folder)
+    files = list(shard_files(folder))
     tensors = {name: tensor for file in files for name, tensor in _tensors(file)[0].items()}
     return _shards(folder, tensors) | {"size_bytes": sum(file.stat().st_size for file in files)}
 

@@ -31,10 +31,10 @@ def holds_shards(folder: Path) -> bool:
     return (folder / INDEX_NAME).is_file() or any(folder.glob("model-*-of-*.safetensors"))
 
 
-def is_complete(folder: Path | str, limit: int) -> bool:
+def is_complete(folder: Path, limit: int) -> bool:
     """Whether a folder holds shards, all that its index names, none larger than `limit` bytes."""
     try:
-        return all(file.stat().st_size <= limit for file in _files(Path(folder)))
+        return all(file.stat().st_size <= limit for file in _files(folder, _read_index(folder)))
     except (FileNotFoundError, ValueError):
         return False
 
@@ -77,54 +77,48 @@ def write_shards(
             (temporary / file.name).write_bytes(file.read_bytes())
 
 
-def read_shards(folder: Path | str) -> dict[str, Tensor]:
+def read_shards(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's shards, on the CPU, in the order they were written in.
 
     Raises:
         FileNotFoundError: no index.
         ValueError: a damaged one, or files that are missing, damaged or not those the index was written for.
     """
-    folder = Path(folder)
     index = _read_index(folder)
     tensors: dict[str, Tensor] = {}
-    for file in _checked_files(folder, index):
+    for file in shard_files(folder, index):
         tensors |= read_tensors(file)
     if tensors.keys() != index["weight_map"].keys():
         raise ValueError(f"{folder / INDEX_NAME} does not list the tensors of its shards; copy it again")
     return {name: tensors[name] for name in index["weight_map"]}
 
 
-def read_shards_content(folder: Path | str) -> dict[str, Any]:
+def read_shards_content(folder: Path) -> dict[str, Any]:
     """The JSON content, as `write_shards` was given it, without torch.
 
     Raises:
         FileNotFoundError: no index.
         ValueError: a damaged one, files are missing, or the first is damaged or not the one the index was written for.
     """
-    folder = Path(folder)
-    return read_content(next(_checked_files(folder, _read_index(folder))))
+    return read_content(next(shard_files(folder)))
 
 
-def shard_files(folder: Path | str) -> list[Path]:
+def shard_files(folder: Path, index: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """The files that the index of a folder names, each of which is the one that it was written for.
 
     Raises:
         FileNotFoundError, ValueError: see `read_shards`.
     """
-    folder = Path(folder)
-    return list(_checked_files(folder, _read_index(folder)))
-
-
-def _checked_files(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
+    index = index or _read_index(folder)
     for file in _files(folder, index):
         if sha256_of(file) != index["metadata"]["sha256"][file.name]:
             raise ValueError(f"{file} is not the file that {INDEX_NAME} was written for; copy it again")
         yield file
 
 
-def _files(folder: Path, index: Mapping[str, Any] | None = None) -> list[Path]:
+def _files(folder: Path, index: Mapping[str, Any]) -> list[Path]:
     """The files that the index names; each is there."""
-    files = [folder / name for name in (index or _read_index(folder))["metadata"]["sha256"]]
+    files = [folder / name for name in index["metadata"]["sha256"]]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, of {len(files)} shards; copy them all")
     return files

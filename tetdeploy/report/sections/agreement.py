@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tetdeploy.report.document import NONE, Note, Section, Table
+from tetdeploy.report.document import Note, Section, Table
 from tetdeploy.report.merging import AGREEMENT, agrees
 from tetdeploy.report.numbers import energy, percent, ppm, scientific
 from tetdeploy.report.results import Measurement, Results
@@ -85,6 +85,4 @@ def _by_layer(m: Measurement) -> Table | None:
 
 
 def _margin(entry: Mapping[str, Any], which: str, statistic: str) -> str:
-    margin = entry.get("margin")
-    found = margin.get(which) if isinstance(margin, dict) else None
-    return scientific(found.get(statistic)) if isinstance(found, dict) else NONE
+    return scientific((entry.get("margin") or {}).get(which, {}).get(statistic))
