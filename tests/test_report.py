@@ -233,13 +233,6 @@ class TestSections:
         files = [files[1], write(tmp_path / "c.json", result(constants=None))]
         assert "; c: No constants are given. As in" in note_of(files)
 
-    def test_margins_of_a_comparison_with_the_checkpoint(self, tmp_path: Path) -> None:
-        content = result()
-        margin = {"local": {"count": 1, "median": 3e-7, "max": 4e-7}, "every": {"count": 9, "median": 0.5, "max": 2.0}}
-        content["neurons"][1] |= {"spike_mismatch_rate": 3e-6, "local_mismatch_rate": 1e-6, "margin": margin}
-        found = page(write(tmp_path / "a.json", content)).texts
-        assert {"3 ppm", "1 ppm", "4.0e-07", "5.0e-01"} <= set(found)
-
     def test_many_parts_per_million_are_written_out_as_in_the_terminal(self, tmp_path: Path) -> None:
         content = result()
         content["neurons"][1]["spike_mismatch_rate"] = 0.0123
