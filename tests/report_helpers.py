@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from tetdeploy.report.document import Plot
+from tetdeploy.report.document import Block, Cards, Note, Plot, Row, Table
+from tetdeploy.report.page import document_of
+from tetdeploy.report.results import Results
 from tetdeploy.tensor_file import write_tensors
 
 PLOTTERS = (*(f"sections.{name}" for name in ("accuracy", "cost", "early_exit", "pareto", "training")), "entry_plot")
@@ -193,6 +195,20 @@ def without_rendering(patch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     for name in PLOTTERS:
         patch.setattr(import_module(f"tetdeploy.report.{name}"), "draw", partial(paint_only, name))
     return painted
+
+
+def blocks(results: Results, title: str) -> tuple[Block, ...]:
+    return next(section.blocks for section in document_of(results).sections if section.title == title)
+
+
+def items(results: Results, title: str) -> list[Cards | Table | Plot | Note]:
+    """Those beside each other too."""
+    rows = (block.items if isinstance(block, Row) else (block,) for block in blocks(results, title))
+    return [item for row in rows for item in row]
+
+
+def tables(results: Results, title: str) -> list[Table]:
+    return [item for item in items(results, title) if isinstance(item, Table)]
 
 
 class Page(HTMLParser):

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from export_helpers import digits, exported
 from gpu_stand_in import gpu_build
-from report_helpers import MACHINE, run_folder, seeds_folder, write
+from report_helpers import MACHINE, run_folder, seeds_folder, tables, write
 from report_helpers import result as sweep_result
 
 from tetdeploy import native
@@ -47,8 +47,7 @@ def run(*arguments: object) -> Result:
 def reported(timings: Path) -> Table:
     """The table of a bench in a report, which is of a sweep, too."""
     sweep = write(timings.parent / "m.sweep.json", sweep_result(kind="sweep"))
-    sections = document_of(read_results([sweep, timings])).sections
-    [table] = [b for s in sections if s.title == "Latency and throughput" for b in s.blocks if isinstance(b, Table)]
+    (table,) = tables(read_results([sweep, timings]), "Latency and throughput")
     return table
 
 
@@ -330,9 +329,8 @@ def test_the_report_has_a_table_for_each_model(model: Path) -> None:
         ([folder], "trained m"),
         ([folder, folder / timings.name], "trained m"),
     ):
-        (section,) = (s for s in document_of(read_results(paths)).sections if s.title == "Latency and throughput")
-        table, _ = section.blocks
-        assert isinstance(table, Table) and table.caption.startswith(f"{name}: {model} on ")
+        (table,) = tables(read_results(paths), "Latency and throughput")
+        assert table.caption.startswith(f"{name}: {model} on ")
         assert table.headers[:4] == ("T", "threads", "batch", "median")
         assert [row[:3] for row in table.rows] == [("4", "1", "1"), ("4", "1", "8")]
         assert all(row[3].endswith(" ms") and row[-1] == "2" for row in table.rows)

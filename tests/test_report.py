@@ -25,6 +25,7 @@ from report_helpers import (
     reached,
     result,
     run_folder,
+    tables,
     without,
     without_rendering,
     write,
@@ -32,7 +33,6 @@ from report_helpers import (
 
 from tetdeploy.cli import main
 from tetdeploy.files import sha256_of
-from tetdeploy.report.document import Table
 from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.numbers import count, energy, milliseconds
 from tetdeploy.report.page import document_of
@@ -206,16 +206,6 @@ class TestSections:
         assert "Agreement with PyTorch" in found
         assert "Pareto front" not in sections(read_results([write(tmp_path / "b.json", without(["energy_pj"]))]))
 
-    def test_many_classes_are_shown_in_short(self, tmp_path: Path) -> None:
-        classes = [{"name": f"c{k:03}", "num_samples": 10, "accuracy": [k / 100] * 3} for k in range(100)]
-        results = read_results([write(tmp_path / "a.json", result(by_class=classes))])
-        section = next(s for s in document_of(results).sections if s.title == "Accuracy by class")
-        text = repr(section)
-        assert "c000" in text
-        assert "c099" in text
-        assert "c050" not in text
-        assert "0-10 %: 10, 10-20 %: 10" in text
-
     def test_constants_of_each_precision_are_named(self, tmp_path: Path) -> None:
         def note_of(files: list[Path]) -> str:
             return document_of(read_results(files)).sections[1].blocks[-1].text  # type: ignore[union-attr]
@@ -246,8 +236,7 @@ class TestSections:
             {"key": "flips", "at_most": True, "unit": "fraction", "wanted": 0.1, "T": 2, "got": 0.05, "passed": True},
         ]
         results = read_results([write(tmp_path / "a.json", result(gates=gates))])
-        section = next(s for s in document_of(results).sections if s.title == "Gates")
-        assert section.blocks[0].rows == (  # type: ignore[union-attr]
+        assert tables(results, "Gates")[0].rows == (
             ("a", "accuracy", "2", "at least 95.00%", "92.00%", "NO"),
             ("a", "energy", "2", "at most 3 µJ", "2.72 µJ", "yes"),
             ("a", "rest", "2", "at most 5 pJ", "–", "NO"),
@@ -275,8 +264,8 @@ class TestTraining:
             "What was trained, on what and how",
             "Training",
         ]
-        (table,) = document.sections[1].blocks
-        marked = {table.rows[k] for k in table.marked}  # type: ignore[union-attr]
+        (table,) = tables(results, "What was trained, on what and how")
+        marked = {table.rows[k] for k in table.marked}
         assert marked == {("time steps T", "2", "6"), ("loss", "SDT", "TET")}
 
     def test_a_training_by_equation_7_alone_has_no_mse_term(self, tmp_path: Path) -> None:
@@ -286,8 +275,7 @@ class TestTraining:
             "both": {"loss": "sdt", "switch_to_tet": 1},
         }
         folders = [run_folder(tmp_path / name, lam=0.05, phi=1.0, **loss) for name, loss in losses.items()]
-        (table,) = document_of(read_results(folders)).sections[1].blocks
-        assert isinstance(table, Table)
+        (table,) = tables(read_results(folders), "What was trained, on what and how")
         terms = ("λ, weight of the MSE term (Eq. 13)", "φ, target of the MSE term (Eq. 12)")
         assert [row for row in table.rows if "MSE" in row[0]] == [
             (terms[0], "–", "0.05", "0.05"),
@@ -380,8 +368,7 @@ class TestTraining:
         write(tmp_path / "a" / "config.json", {"seeds": [0, 1, 2, 3]})
         told = {"seed": 1, "interrupted": False, "best_epoch": 1, "val_accuracy": 0.6}
         write(tmp_path / "a" / "summary.json", {"runs": [told]})
-        (table,) = next(s for s in document_of(read_results([tmp_path / "a"])).sections if s.title == "Seeds").blocks
-        assert isinstance(table, Table)
+        (table,) = tables(read_results([tmp_path / "a"]), "Seeds")
         wanted = [("0", "2", "80.00%"), ("1", "1", "60.00%"), ("2", "–", "–")]
         wanted += [("3, not begun, not in the mean", "–", "–")]
         assert [*table.rows] == [*wanted, ("mean ± standard deviation", "", "70.00% ± 14.14%")]
@@ -391,17 +378,16 @@ class TestTraining:
         for seed in (0, 1, 2):
             metrics = reached(0.8 + seed / 10)[: 1 if seed == 2 else None]
             run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed, metrics=metrics)
-        document = document_of(read_results([tmp_path / "a"]))
+        results = read_results([tmp_path / "a"])
+        document = document_of(results)
         assert "validation accuracy, 2 of 3 seeds" in Page(to_html(document)).texts
-        (table,) = next(s for s in document.sections if s.title == "Seeds").blocks
-        assert isinstance(table, Table)
+        (table,) = tables(results, "Seeds")
         assert [row[0] for row in table.rows[:3]] == ["0", "1", "2, unfinished, not in the mean"]
         assert "Mean and deviation are of 2 of 3 seeds" in table.caption
         assert "| **mean ± standard deviation** |  | **85.00% ± 7.07%** |" in to_markdown(document)
         for seed in (0, 1):
             (tmp_path / "a" / f"seed-{seed}" / "config.json").unlink()
-        (table,) = next(s for s in document_of(read_results([tmp_path / "a"])).sections if s.title == "Seeds").blocks
-        assert isinstance(table, Table)
+        (table,) = tables(read_results([tmp_path / "a"]), "Seeds")
         assert len(table.rows) == 1 and "Mean" not in table.caption
 
     def test_of_a_seed_that_was_resumed_by_itself_its_own_numbers_count(self, tmp_path: Path) -> None:
@@ -410,8 +396,7 @@ class TestTraining:
             run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed, metrics=reached(0.7 + seed / 10))
         told = [{"seed": seed, "interrupted": seed == 1, "best_epoch": 1, "val_accuracy": 0.6} for seed in (0, 1)]
         write(tmp_path / "a" / "summary.json", {"runs": told, "mean_val_accuracy": 0.7, "num_finished": 1})
-        (table,) = next(s for s in document_of(read_results([tmp_path / "a"])).sections if s.title == "Seeds").blocks
-        assert isinstance(table, Table)
+        (table,) = tables(read_results([tmp_path / "a"]), "Seeds")
         wanted = [(str(seed), "2", f"{70 + 10 * seed}.00%") for seed in range(3)]
         assert [*table.rows] == [*wanted, ("mean ± standard deviation", "", "80.00% ± 10.00%")]
         (tmp_path / "a" / "seed-0" / "metrics.jsonl").unlink()  # then summary.json is all that tells of it
@@ -565,8 +550,7 @@ class TestReading:
         write(run / "m.sweep.json", result(kind="sweep"))
         results = read_results([run])
         assert results.notes == () and results.measurements[0].content["device"] == "cpu"
-        section = next(s for s in document_of(results).sections if s.title == "Early exit")
-        assert any("Timed on c, 2 cores, H100, CUDA." in b.caption for b in section.blocks if isinstance(b, Table))
+        assert any("Timed on c, 2 cores, H100, CUDA." in table.caption for table in tables(results, "Early exit"))
 
     @pytest.mark.parametrize("other", [{"device": "cuda"}, {"model_sha256": "cd" * 32}], ids=str)
     def test_agreement_of_another_device_or_model_is_left_out(self, tmp_path: Path, other: dict[str, str]) -> None:
@@ -749,9 +733,7 @@ class TestReading:
         assert dog == ("dog", "80", "–", "72.00%", "–")
 
     def classes(self, files: list[Path], number: int = 2) -> list[tuple[str, ...]]:
-        section = next(s for s in document_of(read_results(files)).sections if s.title == "Accuracy by class")
-        (row,) = section.blocks
-        (table,) = (item for item in row.items if isinstance(item, Table))  # type: ignore[union-attr]
+        (table,) = tables(read_results(files), "Accuracy by class")
         return [table.headers, *table.rows][:number]
 
 

@@ -12,12 +12,15 @@ from report_helpers import (
     COMPARED,
     EARLY_EXIT,
     MACHINE,
+    blocks,
     epoch,
+    items,
     reached,
     result,
     run_folder,
     seeds_folder,
     sweep,
+    tables,
     without,
     without_rendering,
     write,
@@ -25,7 +28,7 @@ from report_helpers import (
 
 from tetdeploy.files import sha256_of
 from tetdeploy.report import validation
-from tetdeploy.report.document import Block, Cards, Note, Plot, Row, Table
+from tetdeploy.report.document import Cards, Note, Plot, Table
 from tetdeploy.report.drawing import energy_unit
 from tetdeploy.report.means import mean_of
 from tetdeploy.report.page import document_of
@@ -49,20 +52,6 @@ def painted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 def shown(folder: Path, **changes: Any) -> Results:
     """A validation named a."""
     return read_results([write(folder / "a.json", result(**changes))])
-
-
-def blocks(results: Results, title: str) -> tuple[Block, ...]:
-    return next(section.blocks for section in document_of(results).sections if section.title == title)
-
-
-def items(results: Results, title: str) -> list[Cards | Table | Plot | Note]:
-    """Those beside each other too."""
-    rows = (block.items if isinstance(block, Row) else (block,) for block in blocks(results, title))
-    return [item for row in rows for item in row]
-
-
-def tables(results: Results, title: str) -> list[Table]:
-    return [item for item in items(results, title) if isinstance(item, Table)]
 
 
 def said(results: Results, title: str) -> list[Any]:
@@ -185,6 +174,7 @@ def test_of_many_classes_the_worst_the_best_and_the_median_are_named(tmp_path: P
     classes = [{"name": f"c{k:03}", "num_samples": 10, "accuracy": [k / 100] * 3} for k in range(1, 101)]
     table, note = blocks(shown(tmp_path, by_class=classes), "Accuracy by class")
     assert isinstance(table, Table) and table.rows[0] == ("c001", "1.00%", "c100", "100.00%")
+    assert "c050" not in repr(table)
     assert isinstance(note, Note) and note.text.startswith("a: classes by accuracy: 0-10 %: 9, 10-20 %: 10, ")
     assert note.text.endswith(", 90-100 %: 11. Median 50.50%.")
 
