@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from export_helpers import exported
+from PIL import Image
 
 pytest.importorskip("tritonclient")
 pytest.importorskip("yaml")
@@ -63,11 +64,10 @@ def test_a_run_becomes_a_repository_and_then_its_next_version(run: Path, tmp_pat
 
 
 def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
-    image_module = pytest.importorskip("PIL.Image")
     folder = tmp_path / "[red]"
     folder.mkdir()
     model, image, result = folder / "m.onnx", folder / "[bold].png", folder / "r.json"
-    image_module.new("L", (8, 8)).save(image)
+    Image.new("L", (8, 8)).save(image)
     output = call("export", run, "--layout", "dynamic", "--check", 20, "-o", model)
     assert f"{model}   " in output and f"next: tetdeploy sweep '{model}'\n" in output
     output = call("export", model, "--format", "triton-repository", "--name", "m", "-o", folder / "triton")

@@ -19,6 +19,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,11 +53,18 @@ from tetdeploy.data.events import (
     to_frames,
 )
 from tetdeploy.data.frames import count_statistics
+from tetdeploy.data.labelled import LabelledSet
 from tetdeploy.data.saccades import NUM_STEPS, saccade_events, saccade_frames, saccade_path
 from tetdeploy.early_exit import softmax
 from tetdeploy.engine import Engine
 from tetdeploy.form import as_json
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.neurons import LIF
 from tetdeploy.provenance import images_sha256
+from tetdeploy.train import TrainConfig, distillation_loss, train
+from tetdeploy.train.augment import AUGMENTATIONS, same_at_every_step
+from tetdeploy.train.batches import DeviceImages, Draws
+from tetdeploy.train.objective import Teacher
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NOWHERE = Path("nowhere")
@@ -763,6 +771,17 @@ def frame_set(**changes: Any) -> FrameSet:
     return FrameSet(**(parts | changes))
 
 
+def stored(data: LabelledSet) -> dict[str, Any]:
+    return {"mean": data.mean, "std": data.std, "class_names": data.class_names}
+
+
+def classifier_of(data: LabelledSet, encoding: str = "frames", **options: Any) -> Classifier:
+    """A small network for the data's frames, as it is before a training."""
+    config = NetworkConfig("convsnn", len(data.class_names), 2, data.image_shape[1:], **{"width": 0.1} | options)
+    torch.manual_seed(0)
+    return Classifier(build_network(config), config=config, encoding=encoding, **stored(data))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -821,24 +840,13 @@ def test_the_first_thousand_recordings_are_measured() -> None:
 
 
 def test_cutout_is_the_same_at_every_step() -> None:
-    torch = pytest.importorskip("torch")
-    from tetdeploy.networks import Classifier, NetworkConfig, build_network
-    from tetdeploy.train import TrainConfig
-    from tetdeploy.train.batches import DeviceImages, Draws
-
     data = frame_set(frames=np.full((12, 3, 2, 8, 8), 9, np.uint8))
-    config = NetworkConfig("convsnn", 3, 2, (8, 8), width=0.1)
-    network, stored = build_network(config), {"mean": data.mean, "std": data.std, "class_names": data.class_names}
-    classifier = Classifier(network, config=config, encoding="frames", **stored)
-    images = DeviceImages(data, classifier, TrainConfig(T=3, epochs=1, augment="none", cutout=3))
+    images = DeviceImages(data, classifier_of(data), TrainConfig(T=3, epochs=1, augment="none", cutout=3))
     ((x, _),) = images.drawn(Draws(torch.arange(4)[None], (0,), slice(4)))
     assert (x == 0).any((1, 2, 3, 4)).all() and torch.equal(x, x[:, :1, :1].expand_as(x))
 
 
 def test_flip_and_roll_are_the_same_at_every_step() -> None:
-    torch = pytest.importorskip("torch")
-    from tetdeploy.train.augment import AUGMENTATIONS, same_at_every_step
-
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 3, 2, 12, 14), np.uint8))
     made = same_at_every_step(AUGMENTATIONS["flip-roll"], frames, torch.Generator().manual_seed(0))
     assert made.shape == frames.shape and made.dtype == torch.uint8
@@ -987,16 +995,8 @@ def test_what_does_not_fit_frames_is_refused(trained: Path) -> None:
 
 
 def test_a_teacher_without_time_sees_recordings_whole(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from tetdeploy.networks import Classifier, NetworkConfig, build_network
-    from tetdeploy.train import TrainConfig, distillation_loss, train
-    from tetdeploy.train.objective import Teacher
-
     cut = {T: load_data("saccades:digits", "test", data_dir=NOWHERE, T=T).select(range(20)) for T in (1, 4)}
-    config = NetworkConfig("convsnn", num_classes=10, in_channels=2, image_size=cut[1].image_shape[1:], ann=True)
-    arguments = {"mean": cut[1].mean, "std": cut[1].std, "class_names": cut[1].class_names}
-    torch.manual_seed(0)
-    classifier = Classifier(build_network(config), config=config, encoding="frames", **arguments).eval()
+    classifier = classifier_of(cut[1], width=1.0, ann=True).eval()
     logits = torch.randn(4, 20, 10)
     expected = distillation_loss(logits, classifier(torch.from_numpy(cut[1].x).transpose(0, 1))[0].detach(), tau_kd=2.0)
     assert Teacher(classifier, 0.5, 2.0).loss(logits, torch.from_numpy(cut[4].x)) == 0.5 * expected
@@ -1032,15 +1032,7 @@ def test_recordings_have_the_sensor_of_a_teacher_or_a_warning_says_that_it_is_an
 
 
 def test_a_teacher_without_time_sees_255_events_a_pixel_at_most() -> None:
-    torch = pytest.importorskip("torch")
-    from tetdeploy.networks import Classifier, NetworkConfig, build_network
-    from tetdeploy.train import distillation_loss
-    from tetdeploy.train.objective import Teacher
-
-    config = NetworkConfig("convsnn", num_classes=3, in_channels=2, image_size=(8, 8), width=0.1, ann=True)
-    torch.manual_seed(0)
-    arguments = {"mean": (0.0, 0.0), "std": (1.0, 1.0), "class_names": tuple("abc")}
-    classifier = Classifier(build_network(config), config=config, encoding="frames", **arguments).eval()
+    classifier = classifier_of(frame_set(std=(1.0, 1.0)), ann=True).eval()
     logits, x = torch.randn(4, 3, 3), torch.full((3, 4, 2, 8, 8), 100, dtype=torch.uint8)
     targets = classifier(torch.full((1, 3, 2, 8, 8), 255, dtype=torch.uint8))[0].detach()
     assert Teacher(classifier, 1.0, 2.0).loss(logits, x) == distillation_loss(logits, targets, tau_kd=2.0)
@@ -1056,25 +1048,12 @@ def test_a_teacher_without_time_sees_255_events_a_pixel_at_most() -> None:
 def test_recordings_are_cut_into_as_many_frames_after_the_training(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    torch = pytest.importorskip("torch")
-    from tetdeploy.networks import Classifier, NetworkConfig, build_network
-    from tetdeploy.train import TrainConfig, train
-
-    config = NetworkConfig("convsnn", num_classes=3, in_channels=2, image_size=(8, 8), width=0.1)
     data = frame_set()
-    arguments = {"mean": data.mean, "std": data.std, "class_names": data.class_names}
-    torch.manual_seed(0)
-    classifier = Classifier(build_network(config), config=config, encoding="frames", **arguments)
     with pytest.raises(ValueError, match=message):
-        train(classifier, data, None, TrainConfig(epochs=2, **changes), tmp_path / "run")
+        train(classifier_of(data), data, None, TrainConfig(epochs=2, **changes), tmp_path / "run")
 
 
 def test_a_network_that_takes_frames_alone_is_trained(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from tetdeploy.networks import Classifier, NetworkConfig
-    from tetdeploy.neurons import LIF
-    from tetdeploy.train import TrainConfig, train
-
     class FramesAlone(torch.nn.Sequential):  # type: ignore[misc, name-defined]
         def forward(self, frames: Any) -> Any:
             return super().forward(frames.flatten(2))
@@ -1082,27 +1061,17 @@ def test_a_network_that_takes_frames_alone_is_trained(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data, network = frame_set(), FramesAlone(torch.nn.Linear(128, 16), LIF(), torch.nn.Linear(16, 3))
     config = NetworkConfig("made:network", num_classes=3, in_channels=2, image_size=(8, 8))
-    arguments = {"mean": data.mean, "std": data.std, "class_names": data.class_names}
-    classifier = Classifier(network, config=config, encoding="frames", **arguments)
+    classifier = Classifier(network, config=config, encoding="frames", **stored(data))
     how = TrainConfig(T=3, epochs=2, batch_size=4, lr=1e-2, ema=0.5, random_T="1:3")
     assert train(classifier, data, data, how, tmp_path / "run").epochs == 2
 
 
 def test_images_do_not_go_on_with_a_network_for_frames() -> None:
-    torch = pytest.importorskip("torch")
-    from tetdeploy.networks import Classifier, NetworkConfig, build_network
-    from tetdeploy.train import TrainConfig, train
-
-    config = NetworkConfig("convsnn", num_classes=3, in_channels=2, image_size=(8, 8), width=0.1)
-    torch.manual_seed(0)
     data = frame_set()
-    arguments = {"mean": data.mean, "std": data.std, "class_names": data.class_names}
-    classifier = Classifier(build_network(config), config=config, encoding="direct", **arguments)
     with pytest.raises(ValueError, match="made has frames input; the network was made for direct input"):
-        train(classifier, data, None, TrainConfig(T=3), Path("run"))
-    images = ImageSet("flat", "train", data.frames[:, 0], data.labels, **arguments)
-    frames_classifier = Classifier(build_network(config), config=config, encoding="frames", **arguments)
+        train(classifier_of(data, "direct"), data, None, TrainConfig(T=3), Path("run"))
+    images = ImageSet("flat", "train", data.frames[:, 0], data.labels, **stored(data))
     with pytest.raises(ValueError, match="flat has direct input; the network was made for frames input"):
-        train(frames_classifier, images, None, TrainConfig(T=3), Path("run"))
+        train(classifier_of(data), images, None, TrainConfig(T=3), Path("run"))
     with pytest.raises(ValueError, match="unknown encoding 'rate'; choose direct or frames"):
-        Classifier(build_network(config), config=config, encoding="rate", **arguments)
+        classifier_of(data, "rate")

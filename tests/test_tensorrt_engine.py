@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from export_helpers import digits, engine, exported, frames, layouts
 from gpu_stand_in import VERSION, Cuda, TensorRT
+from PIL import Image
 
 from tetdeploy.cli import main
 from tetdeploy.early_exit import Exit, certainty, load_exit
@@ -322,8 +323,7 @@ def test_the_device_is_named(tmp_path: Path) -> None:
 
 
 def test_predict_runs_an_engine(cuda: Cuda, tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    image.fromarray(digits().images[0, 0]).save(tmp_path / "digit.png")
+    Image.fromarray(digits().images[0, 0]).save(tmp_path / "digit.png")
     path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
     arguments = ["predict", str(path), str(tmp_path / "digit.png"), "--device", "tensorrt"]
     assert "T=3" in CliRunner().invoke(main, arguments, catch_exceptions=False).output
