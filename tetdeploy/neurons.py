@@ -24,7 +24,7 @@ is fused with the neurons, see `fused_bn`, they lie as what the convolution wrot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -152,23 +152,21 @@ def _flat_step(step: Tensor, order: list[int]) -> Tensor:
 
 def _empty_sequence(current: Tensor) -> Tensor:
     """Uninitialised, like `current` in shape, dtype and memory format; its steps follow each other without gaps."""
-    step = current.shape[1:]
-    strides = (math.prod(step), *_strides(step, _memory_order(current)))
+    strides = (math.prod(current.shape[1:]), *_strides(current))
     return torch.empty_strided(current.shape, strides, dtype=current.dtype, device=current.device)
 
 
 def _empty_step(current: Tensor) -> Tensor:
     """The same for one step's membranes."""
-    step = current.shape[1:]
-    strides = _strides(step, _memory_order(current))
-    return torch.empty_strided(step, strides, dtype=membrane_dtype(current.dtype), device=current.device)
+    dtype = membrane_dtype(current.dtype)
+    return torch.empty_strided(current.shape[1:], _strides(current), dtype=dtype, device=current.device)
 
 
-def _strides(shape: Sequence[int], order: list[int]) -> list[int]:
-    strides, side_by_side = [1] * len(shape), 1
-    for axis in reversed(order):
+def _strides(current: Tensor) -> list[int]:
+    strides, side_by_side = [1] * (current.dim() - 1), 1
+    for axis in reversed(_memory_order(current)):
         strides[axis] = side_by_side
-        side_by_side *= shape[axis]
+        side_by_side *= current.shape[1 + axis]
     return strides
 
 
