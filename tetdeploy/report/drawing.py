@@ -57,7 +57,9 @@ class Style:
 
     @staticmethod
     def of(number: int) -> Style:
-        return Style(_COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)])
+        colours = len(_COLOURS)
+        marker = number + number // colours  # in plots without lines the eighth would be drawn as the first is
+        return Style(_COLOURS[number % colours], _MARKERS[marker % len(_MARKERS)], _LINES[number % len(_LINES)])
 
     @property
     def options(self) -> dict[str, Any]:
