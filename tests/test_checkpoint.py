@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import tetdeploy
 from tetdeploy.checkpoint import load, load_weights, read_checkpoint, read_metadata, save_checkpoint
 from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
-from tetdeploy.metrics import read_metrics, write_metrics
+from tetdeploy.metrics import metrics_line, read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import (
     checkpoint_file,
@@ -472,7 +472,8 @@ def test_json_has_null_for_what_it_has_no_number_for(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": nan, "b": [1.5, -infinity, ("c", nan)], "d": {"e": infinity, "f": True}})
     expected = {"a": None, "b": [1.5, None, ["c", None]], "d": {"e": None, "f": True}}
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == expected
-    write_metrics(tmp_path, [{"epoch": 1, "val_loss": 0.5, "val_tet_loss": infinity}, {"epoch": 2, "val_loss": nan}])
+    records = [{"epoch": 1, "val_loss": 0.5, "val_tet_loss": infinity}, {"epoch": 2, "val_loss": nan}]
+    write_metrics(tmp_path, map(metrics_line, records))
     assert [(r["val_loss"], r.get("val_tet_loss")) for r in read_metrics(tmp_path)] == [(0.5, None), (None, None)]
 
 

@@ -34,6 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import tetdeploy
 from tetdeploy.checkpoint import load_weights, read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
+from tetdeploy.form import json_text
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_run
 from tetdeploy.tensor_file import read_content
@@ -324,6 +325,13 @@ def test_the_checkpoint_is_the_epoch_with_the_best_validation(tmp_path: Path) ->
     assert evaluate(loaded, torch.tensor(VAL.images), torch.tensor(VAL.labels), T=2) == pytest.approx(
         (best["val_loss"], best["val_accuracy"])
     )
+
+
+def test_the_line_of_an_epoch_is_made_once_however_many_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mock(wraps=json_text)
+    monkeypatch.setattr("tetdeploy.metrics.json_text", made)
+    run(tmp_path, config=settings(epochs=6))
+    assert made.call_count == len(metrics(tmp_path)) == 6
 
 
 def test_without_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:

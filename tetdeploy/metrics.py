@@ -35,7 +35,12 @@ def read_metrics(run: Path, *, epochs: float = inf) -> list[dict[str, Any]]:
     return [record for record in records if record["epoch"] <= epochs]
 
 
-def write_metrics(run: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write the records, one line an epoch. Whole and atomically: an appended line could be cut by a full disk."""
+def metrics_line(record: Mapping[str, Any]) -> str:
+    """The line of an epoch, for `write_metrics`."""
+    return json_text(dict(record)) + "\n"
+
+
+def write_metrics(run: Path, lines: Iterable[str]) -> None:
+    """Write the lines of all epochs. Whole and atomically: an appended line could be cut by a full disk."""
     with atomic_write(run / METRICS_NAME) as temporary:
-        temporary.write_text("".join(json_text(dict(record)) + "\n" for record in records), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8")

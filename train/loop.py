@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.memory import reused_memory
-from tetdeploy.metrics import read_metrics, write_metrics
+from tetdeploy.metrics import metrics_line, read_metrics, write_metrics
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_network, warn_of_other_code
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME, without_latest
 from tetdeploy.signals import deferred_interrupt
@@ -328,7 +328,7 @@ def _save_shards(session: Session, state: TrainState) -> None:
 def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:
     """Train to the end and return True, or to a Ctrl-C and return False with the state saved."""
     config, steps = session.config, session.steps_per_epoch
-    records = read_metrics(session.out, epochs=state.epoch)
+    lines = [metrics_line(record) for record in read_metrics(session.out, epochs=state.epoch)]
     done = state.epoch * steps + state.step
     writes = session.ranks.writes
     curves = tensorboard(session.out, epochs_done=state.epoch) if board and writes else nullcontext(lambda record: None)
@@ -357,8 +357,8 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
                 session.ranks.any(False)  # a rank that ends before the first has saved would have it killed by torchrun
                 return False
             kept, record = finished
-            records.append(record)
-            _keep(session, state, kept, records)
+            lines.append(metrics_line(record))  # each once: to make all of them anew takes longer with every epoch
+            _keep(session, state, kept, record, lines)
             bar.epoch(record)
             draw(record)
     return True
@@ -482,16 +482,17 @@ def _validate(session: Session, state: TrainState, kept: Classifier, interrupt: 
     return {name: values.get(name) for name in losses} | {"val_accuracy": values.get("accuracy")}
 
 
-def _keep(session: Session, state: TrainState, kept: Classifier, records: list[dict[str, Any]]) -> None:
+def _keep(
+    session: Session, state: TrainState, kept: Classifier, record: Mapping[str, Any], lines: Sequence[str]
+) -> None:
     """Write an epoch down: metrics, the checkpoint if it is the best so far, and last what --resume starts from.
 
     In this order: a kill in between leaves an older state, which runs the epoch again and writes the same; on a GPU,
     where it may end otherwise by rounding, what it then keeps is still this epoch.
     """
-    record = records[-1]
     writes = session.ranks.writes
     if writes:
-        write_metrics(session.out, records)
+        write_metrics(session.out, lines)
     val_loss = record["val_tet_loss" if session.config.switch_to_tet else "val_loss"]
     this = Best(record["epoch"], record["val_accuracy"], val_loss, record["stage"])
     if state.best is None or state.best.is_beaten_by(this):

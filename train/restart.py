@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from tetdeploy.checkpoint import check_keys, read_checkpoint, read_metadata, refuse_one_shard
-from tetdeploy.metrics import read_metrics, write_metrics
+from tetdeploy.metrics import metrics_line, read_metrics, write_metrics
 from tetdeploy.names import section
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SHARDS_NAME, checkpoint_file, newest_shards
 from tetdeploy.shards import check_limit, is_complete, read_shards, write_shards
@@ -159,7 +159,7 @@ def restart_state(restart: Restart, session: Session) -> TrainState:
         state.correct.copy_(tensors["epoch.correct"])
     folder = restart.path if restart.path.is_dir() else restart.path.parent
     if session.ranks.writes:  # even if there are none: a beginning that was killed may have left those of another run
-        write_metrics(session.out, read_metrics(folder, epochs=restart.epoch))
+        write_metrics(session.out, map(metrics_line, read_metrics(folder, epochs=restart.epoch)))
     return state
 
 
