@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,15 @@ def test_a_large_sensor_is_brought_to_48_pixels_evenly() -> None:
     lone = Recording(*(np.array([value]) for value in (0, 9, 8, 1)))
     assert np.argwhere(to_frames(lone, Binning(1), (128, 96))).tolist() == [[0, 1, 3, 4]]
     assert frame_size((34, 200)) == (34, 48)
+
+
+def test_the_memory_for_a_large_sensor_does_not_grow_with_T() -> None:
+    events = random_recording(0, 100, (240, 304))
+    tracemalloc.start()
+    to_frames(events, Binning(50), (240, 304))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6  # counts of one frame take 1.2 MB
 
 
 def test_counts_are_clipped_at_255() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,15 +181,17 @@ def to_frames(recording: Recording, binning: Binning, sensor: Size) -> NDArray[n
         ValueError: an event lies outside the sensor.
     """
     recording.check_inside(sensor)
-    height, width = sensor
-    x, y = recording.x.astype(np.int64), recording.y.astype(np.int64)
-    cells = ((_bins(recording.t, binning) * 2 + (recording.p > 0)) * height + y) * width + x
-    counts: NDArray[Any] = np.bincount(cells, minlength=binning.T * 2 * height * width)
-    counts = counts.reshape(binning.T, 2, height, width)
-    rows, columns = frame_size(sensor)
-    if (rows, columns) != sensor:
-        counts = np.rint(_shares(height, rows) @ counts @ _shares(width, columns).T)
-    frames: NDArray[np.uint8] = np.minimum(counts, 255).astype(np.uint8)
+    (height, width), (rows, columns) = sensor, frame_size(sensor)
+    vertical, horizontal = _shares(height, rows), _shares(width, columns).T
+    frames = np.empty((binning.T, 2, rows, columns), np.uint8)
+    ends = np.searchsorted(_bins(recording.t, binning), np.arange(binning.T + 1))
+    for frame, (start, end) in zip(frames, pairwise(ends), strict=True):  # one by one: a large sensor's take 15 MB each
+        x, y, p = (array[start:end] for array in (recording.x, recording.y, recording.p))
+        pixels = ((p > 0) * height + y.astype(np.int64)) * width + x.astype(np.int64)
+        counts: NDArray[Any] = np.bincount(pixels, minlength=2 * height * width).reshape(2, height, width)
+        if (rows, columns) != sensor:
+            counts = np.rint(vertical @ counts @ horizontal)
+        frame[:] = np.minimum(counts, 255)
     return frames
 
 
