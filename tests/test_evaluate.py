@@ -324,9 +324,9 @@ def test_the_file_that_was_trained_on_is_named(runs: Path) -> None:
     classifier = ann()
     classifier.data = "own.npz"
     save_checkpoint(runs / "own" / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
-    result = run("runs/own", "--T", "1", "--json", "e.json")
-    assert result.exit_code == 0 and "own.npz is one set with no test part" in result.output
-    assert json.loads(Path("e.json").read_text())["runs"][0]["trained_on"] is True
+    result = run("runs/own", "runs/own/checkpoint.safetensors", "--T", "1", "--json", "e.json")
+    assert result.exit_code == 0 and result.output.count("own.npz is one set with no test part") == 1
+    assert [row["trained_on"] for row in json.loads(Path("e.json").read_text())["runs"]] == [True, True]
     result = run("runs/own", "--T", "1", "--split", "validation", "--json", "e.json")
     assert "with no test part" not in result.output
     assert "trained_on" not in json.loads(Path("e.json").read_text())["runs"][0]

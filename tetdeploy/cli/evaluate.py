@@ -124,6 +124,9 @@ def evaluate(
         classifier = load_classifier(checkpoint, model)
         del checkpoint  # its tensors
         name = trained_on(metadata, file) if data is None else data
+        own_file = split == "test" and is_own_file(name, metadata["data"]["name"])
+        if own_file and name not in (row["data"] for row in rows if "trained_on" in row):
+            note_own_file(name, metadata["data"]["name"])
         images = _images(name, split, limit, data_dir, metadata)
         labels = images.labels if labels is None else labels
         if predictions is not None and not np.array_equal(images.labels, labels):
@@ -152,7 +155,7 @@ def evaluate(
                 {"T": T, "accuracy": float((found == images.labels).mean())} for T, found in predicted[-1].items()
             ],
         }
-        if split == "test" and is_own_file(name, metadata["data"]["name"]):
+        if own_file:
             row["trained_on"] = True
         rows.append(row)
     result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
@@ -173,8 +176,6 @@ def evaluate(
 def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any]) -> Any:
     """The images to measure on."""
     fraction = float(metadata["training"].get("val_fraction", 0.0))
-    if split == "test":
-        note_own_file(name, metadata["data"]["name"])
     T, known = trained_T(metadata), metadata["data"]
     images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
     return images if limit is None else images.select(slice(limit))
