@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, without_rendering, write
 
-from tetdeploy.report.drawing import Style, draw, end_at, short, whole_numbers, wide_enough
+from tetdeploy.report.drawing import Style, draw, end_at, mark, short, whole_numbers, wide_enough
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 from tetdeploy.report.writers import to_html
@@ -93,6 +94,21 @@ def test_a_legend_has_room_above_the_plot_or_is_left_out(
 
     draw(paint, description="", caption="", height=3.0, legend=legend)
     assert (len(figures[0].legends), figures[0].get_figheight()) == (legend, pytest.approx(height))
+
+
+def test_of_many_points_those_are_marked_whose_text_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, savefig = list[Figure](), Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+
+    def paint(axes: Any) -> None:
+        for T in range(1, 65):
+            axes.plot([T], [0.9], "o")
+            mark(axes, f"T={T}", T, 0.9)
+
+    shown = re.findall("T=[0-9]+", draw(paint, description="", caption="").svg)
+    assert shown[0] == "T=1" and 5 < len(shown) < 20
+    boxes = [text.get_window_extent() for text in figures[0].axes[0].texts]
+    assert len(boxes) == len(shown) and not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_a_single_T_has_no_ticks_between_whole_numbers() -> None:

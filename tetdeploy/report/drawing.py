@@ -97,9 +97,22 @@ def draw(
             columns = 1 if max(map(len, labels)) > 16 else min(2, len(labels))
             figure.set_figheight(height + 0.22 * -(-len(labels) // columns))
             figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+        _thin_out(axes.texts)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return Plot(_inline(file.getvalue(), description), description, caption)
+
+
+def _thin_out(texts: Sequence[Any]) -> None:
+    """Remove each text that would lie on one before it: of many T those are left that can be read."""
+    for figure in {text.figure for text in texts}:
+        figure.draw_without_rendering()  # lays them out
+    boxes = list[Any]()
+    for text, box in [(text, text.get_window_extent()) for text in texts]:
+        if any(map(box.overlaps, boxes)):
+            text.remove()
+        else:
+            boxes.append(box)
 
 
 @contextmanager
