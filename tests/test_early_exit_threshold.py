@@ -478,7 +478,8 @@ def test_calibrate_says_why_no_image_stops_early(
     found = find_threshold(Answers(right, dict.fromkeys(CRITERIA, sure)), **options)
     lines = strings(calibration_shown(found.to_dict(engine("step"), "digits")))
     assert lines[0].endswith(f"step.onnx   {num_images:,} images of digits   T=2")
-    assert lines[1].startswith("every image the same T, 1 to 2: ") and lines[-1].startswith("steps  1: ")
+    assert lines[1].startswith("every image the same T, 1 to 2: ") and lines[-1].startswith("steps  ")
+    assert (lines[-1] == "steps  2: 100.0%") == (found.point.mean_T == 2)  # none at 1 that no image took
     promise = "a test shows that less is lost than may be" if found.confident else "it is within what may be lost"
     assert lines[2].endswith(promise)
     few = [line for line in lines if line.startswith("one image is ")]

@@ -143,9 +143,9 @@ def _threshold(value: float) -> str:
 
 
 def by_steps(counts: list[int]) -> str:
-    """`1: 60.1 %   2: 20.0 %   ...`, the share of the images that took so many steps."""
+    """`1: 60.1 %   2: 20.0 %   ...`, the share of the images that took so many steps, if any did: of 64 few may."""
     total = sum(counts)
-    return "   ".join(f"{t}: {count / total:.1%}" for t, count in enumerate(counts, start=1))
+    return "   ".join(f"{t}: {count / total:.1%}" for t, count in enumerate(counts, start=1) if count)
 
 
 def _times(fixed: float, early: float) -> str:
