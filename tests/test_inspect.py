@@ -104,6 +104,8 @@ class TestCheckpoint:
         assert max(map(len, text.splitlines())) <= 100
         for part in ("T=3, 2 epochs, TET λ=0.05", "epoch 2, validation accuracy 93.21%", "my.networks:odd", "16×8×3×3"):
             assert part in text, part
+        for part in ("digits, images [1, 8, 8]", "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ", "03:04:05 on ? with torch 2.13"):
+            assert part in text, part
 
     def test_state_of_a_run(self, tmp_path: Path) -> None:
         file = tmp_path / "last.safetensors"
@@ -115,8 +117,8 @@ class TestCheckpoint:
         assert "2 epochs and 5 steps finished" in shown(found)
 
     def test_layers_go_by_number(self, tmp_path: Path) -> None:
-        file = safetensors(tmp_path / "a.safetensors", {f"blocks.{k}.weight": [2, 2] for k in (10, 9, 1)})
-        assert [layer["name"] for layer in inspect(file)["layers"]] == ["blocks.1", "blocks.9", "blocks.10"]
+        file = safetensors(tmp_path / "a.safetensors", {f"blocks.{k}.weight": [2, 2] for k in (10, "norm", 9, 1)})
+        assert [layer["name"] for layer in inspect(file)["layers"]] == [f"blocks.{k}" for k in (1, 9, 10, "norm")]
 
 
 class TestModel:
@@ -259,7 +261,9 @@ class TestTables:
         ("found", "label", "value"),
         [
             (MODEL | {"normalization": {"mean": [0]}}, "input", "[1, 8, 8] uint8; normalised inside the graph"),
+            (MODEL | {"class_names": range(11)}, "classes", "11: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …"),
             (MODEL | {"source": OWN}, "network", "nets:mine"),
+            (MODEL | {"source": {"network": OWN["network"] | {"ann": True}}}, "network", "nets:mine, ANN twin"),
             (MODEL | {"source": {"training": {"loss": "tet", "lam": None}}}, "training", "T=None, None epochs, TET"),
             (
                 MODEL | {"source": {"training": {"T": 2, "epochs": 9, "loss": "sdt", "switch_to_tet": 3, "lam": 0.05}}},
@@ -274,6 +278,8 @@ class TestTables:
             ),
             (MODEL | {"source": {"provenance": {"init": PARENT}}}, "began with", "runs/old, checkpoint abcd"),
             (MODEL | {"source": {"provenance": BEST | {"epoch": 0}}}, "kept", "epoch 0, validation accuracy 50.00%"),
+            (MODEL | {"source": {"provenance": {"created": "then"}}}, "trained", "then on ? with unknown versions"),
+            (STATE | {"resume": {"epoch": 9, "step": 5}}, "best epoch", "none yet"),
             (
                 STATE | {"resume": {"epoch": 9, "step": 5, "best": BEST}},
                 "best epoch",
@@ -288,8 +294,8 @@ class TestTables:
         found = inspect(safetensors(tmp_path / "m.safetensors", {"m.weight": [2, 3], "m.bias": [2]}, dtype="BF16"))
         assert rows([*inspection_tables(found)][-1]) == [("m", "linear", "bfloat16", "2×3", "yes", "8")]
         save_file({"bn.weight": torch.ones(2), "bn.num_batches_tracked": torch.tensor(0)}, tmp_path / "bn.safetensors")
-        (layer,) = inspect(tmp_path / "bn.safetensors")["layers"]
-        assert (layer["dtype"], layer["bias"]) == ("float32", False)
+        found = inspect(tmp_path / "bn.safetensors")
+        assert rows([*inspection_tables(found)][-1]) == [("bn", "other", "float32", "2", "no", "2")]
 
 
 class TestOthers:
@@ -298,6 +304,7 @@ class TestOthers:
         found = inspect(safetensors(tmp_path / "a.safetensors", shapes, {"made": "[red]by hand"}))
         assert (found["kind"], found["parameters"]) == ("safetensors", 13)
         assert {layer["dtype"] for layer in found["layers"]} == {"float16"}
+        assert ("parameters", "13") in rows(next(inspection_tables(found)))
         text = shown(found)
         assert "[bold]alone[/x]" in text  # as it is: no markup
         assert "made=[red]by hand" in text
@@ -347,8 +354,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=match):
             inspect(tmp_path / name)
 
-    def test_a_tensor_without_a_shape(self, tmp_path: Path) -> None:
-        text = json.dumps({"a": {"dtype": "F32", "data_offsets": [0, 0]}}).encode()
+    @pytest.mark.parametrize("shape", [{}, {"shape": None}, {"shape": ["a"]}])
+    def test_a_tensor_without_a_shape(self, tmp_path: Path, shape: dict[str, Any]) -> None:
+        text = json.dumps({"a": {"dtype": "F32", "data_offsets": [0, 0]} | shape}).encode()
         (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
         with pytest.raises(ValueError, match="its header does not describe its tensors"):
             inspect(tmp_path / "a.safetensors")

@@ -209,8 +209,8 @@ def _session(file: Path) -> Any:
 
 def _port(port: Any) -> dict[str, Any]:
     """An input or output; `batch` and other free dimensions are names."""
-    dtype = str(port.type).removeprefix("tensor(").removesuffix(")")
-    return {"name": port.name, "shape": list(port.shape), "dtype": {"float": "float32"}.get(dtype, dtype)}
+    dtype = port.type.removeprefix("tensor(").removesuffix(")")
+    return {"name": port.name, "shape": port.shape, "dtype": {"float": "float32"}.get(dtype, dtype)}
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
