@@ -204,10 +204,10 @@ def test_of_one_constant_that_is_given_the_other_stays_each_layers_own() -> None
 
 
 def two_layers(once: bool = True, **options: Any) -> Operations:
-    """Five steps of one image: a first layer of 40 operations a step, and one where 1, 2, 3, 4, 5 spikes reach 6."""
+    """Five steps of two images: a first layer of 40 operations a step, and one where 1, 2, 3, 4, 5 spikes reach 6."""
     first = Layer("first", (4,), 10, from_input=True, binary=False, once=once)
     operations = Operations((first, Layer("second", (7,), 6)), **options)
-    operations.add({"active.second": np.arange(1.0, 6.0)[:, None]}, 1, 5)
+    operations.add({"active.second": np.arange(1.0, 6.0)[:, None].repeat(2, axis=1)}, 2, 5)
     return operations
 
 
