@@ -86,9 +86,11 @@ def test_a_sweep_is_what_single_runs_give(layout: str) -> None:
     seen: list[int] = []
     result = sweep(engine, x, labels, (1, 3), data="digits", batch_size=32, num_timed=1, tick=seen.append)
     assert sum(seen) == result.num_samples == 70
-    for row in result.rows:
+    for k, row in enumerate(result.rows):
         run, counts = engine.count(x, row.T)
         assert row.accuracy == np.mean(run.logits.argmax(-1) == labels)
+        right = sum(of["num_samples"] * (of["accuracy"][k] or 0) for of in result.details["by_class"])
+        assert row.accuracy == pytest.approx(right / 70)
         fired = sum(counts[f"fired.{n['name']}"].sum() for n in engine.metadata["neurons"])
         neurons = sum(np.prod(n["shape"]) for n in engine.metadata["neurons"])
         assert row.firing_rate == pytest.approx(fired / (neurons * row.T * 70))
@@ -189,11 +191,14 @@ def test_a_tally_goes_on_where_it_was_kept() -> None:
     assert first.row(3, 1.0) == kept  # its sums are not those that go on
 
 
-def test_chunks_with_state_compute_the_first_layer_again() -> None:
-    engine = Engine(exported("unrolled", T=3, with_state=True))
+@pytest.mark.parametrize(
+    ("options", "calls"), [({"layout": "step"}, 1), ({"layout": "unrolled", "T": 3, "with_state": True}, 2)]
+)
+def test_chunks_with_state_compute_the_first_layer_again(options: dict[str, Any], calls: int) -> None:
+    engine = Engine(exported(**options))
     (row,) = sweep(engine, digits().images[:8], digits().labels[:8], (5,), num_timed=1).rows
     assert row.energy_pj == pytest.approx(0.9 * row.ac_ops + 4.6 * row.mac_ops)
-    assert row.energy_once_pj == pytest.approx(0.9 * row.ac_ops + 4.6 * row.mac_ops * 2 / 5)  # two calls for five steps
+    assert row.energy_once_pj == pytest.approx(0.9 * row.ac_ops + 4.6 * row.mac_ops * calls / 5)
 
 
 def test_the_anns_energy_is_compared_by_the_convention_of_the_paper() -> None:
@@ -267,7 +272,7 @@ def test_labels_that_do_not_fit() -> None:
     for other, got in zip(others, ("list", "Tensor", r"float64 \[4\]", r"bool \[4\]", r"int64 \[4, 1\]"), strict=True):
         with pytest.raises(ValueError, match=rf"labels must be a NumPy array of whole numbers \[N\].*, got {got}$"):
             sweep(engine, x, other, (1,))
-    with pytest.raises(ValueError, match="batch_size and num_timed must be at least 1"):
+    with pytest.raises(ValueError, match="num_timed must be at least 1, got 0"):
         sweep(engine, x, labels, (1,), num_timed=0)
 
 

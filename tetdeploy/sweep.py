@@ -218,8 +218,8 @@ def sweep(
         ValueError: labels do not fit the images or the model's classes, there is no T, or there are no energies for the
             model's precision; see also `check_logits` and `Engine.run`.
     """
-    if num_timed < 1 or batch_size < 1:
-        raise ValueError(f"batch_size and num_timed must be at least 1, got {batch_size} and {num_timed}")
+    if num_timed < 1:
+        raise ValueError(f"num_timed must be at least 1, got {num_timed}")
     steps = [check_count("T", t) for t in steps]
     if not steps:
         raise ValueError("steps holds no T; give at least one")
