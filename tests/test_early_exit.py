@@ -41,6 +41,7 @@ def test_certainty_by_hand() -> None:
     np.testing.assert_allclose(certainty(logits, "confidence"), [0.5, 0.8])
     np.testing.assert_allclose(certainty(logits, "margin"), [0.2, 0.7])
     np.testing.assert_allclose(certainty(logits + 1000, "margin"), [0.2, 0.7])  # no overflow
+    assert certainty(np.log([0.3, 0.7]), "margin") == pytest.approx(0.4)  # of two classes alone, too
     assert 0.99999999 < certainty(np.array([20.0, 0.0], np.float32), "confidence") < 1  # nor is it rounded to float32
     np.testing.assert_array_equal(Exit(0.6).certain(logits), [False, True])
     np.testing.assert_array_equal(Exit(0.1, "margin").certain(logits), [True, True])
