@@ -112,6 +112,7 @@ def test_a_calibration_by_hand() -> None:
     assert earliest.to_dict(engine("step"), "")["num_images_by_steps"] == [3, 0, 0]
     for options, message in (
         ({"loss": -0.1}, "loss of accuracy must lie in 0..1, a fraction, got -0.1"),
+        ({"loss": 1.5}, "loss of accuracy must lie in 0..1, a fraction, got 1.5"),
         ({"min_T": 4}, "min_T must lie within the T=3 steps, got 4"),
         ({"confident": "no"}, "confident must be True or False, got .no."),
     ):
