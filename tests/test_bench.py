@@ -55,7 +55,7 @@ class Clock:
     """Stands in for `time`; a call of the engine takes what `cost` says, in seconds."""
 
     def __init__(self, cost: Callable[[Call, int], float]) -> None:
-        self.now, self.cost = 0.0, cost
+        self.now, self.cost = 100.0, cost
         self.calls: list[Call] = []
 
     def perf_counter(self) -> float:
@@ -94,6 +94,7 @@ def test_numbers_are_those_of_the_clock(model: Path, clocked: Any) -> None:
     assert row["median_ms"] == pytest.approx(50.5) and row["p95_ms"] == pytest.approx(95.05)
     assert row["p99_ms"] == pytest.approx(100.01)
     assert row["images_per_s"] == pytest.approx(4 * 100 / 5.15)
+    assert timing.load_ms == {1: 0}  # no call
 
 
 def test_images_come_round_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,13 +126,14 @@ def test_repeats_are_exact(model: Path, clocked: Any) -> None:
 
 
 def test_seconds_end_it_but_every_setting_has_a_turn(model: Path, clocked: Any) -> None:
-    clock = clocked(lambda call, k: 0.1)
+    clock = clocked(lambda call, k: 0.75 / (CALLS_PER_TURN + 1))
     timing = Bench(model, batches=[1, 8], threads=[1])
     timing.run(random_input(timing.engine, 4), seconds=0.01)
     assert [row["calls"] for row in timing.rows] == [CALLS_PER_TURN] * 2
-    clock.now = 0.0
-    timing.run(random_input(timing.engine, 4), seconds=6.0)
-    assert 6.0 <= clock.now <= 6.0 + 0.1 * (CALLS_PER_TURN + 1) + 1e-9
+    begun = clock.now
+    shares: list[float] = []
+    timing.run(random_input(timing.engine, 4), seconds=6.0, share_done=shares.append)
+    assert clock.now - begun == 6.0 and shares == [turn / 8 for turn in range(8)]
 
 
 def test_real_calls(model: Path) -> None:
