@@ -692,6 +692,10 @@ def test_seeds_refuse(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"seed-1 already holds a run"):
         seeds(tmp_path / "a", of_seed, seeds=(0, 1), resume=True)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["seeds"] == [0]
+    shutil.copytree(tmp_path / "a" / "seed-0", tmp_path / "b" / "seed-0")
+    with pytest.raises(ValueError, match=r"seed-0 already holds a run"):
+        seeds(tmp_path / "b", of_seed, seeds=(1, 0))
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["seed-0"]  # nor is the first seed trained in vain
 
 
 @pytest.mark.parametrize("order", [(0, 3, 5), (5, 3, 0)])
@@ -718,7 +722,8 @@ def test_a_seed_that_has_not_begun_may_be_left_out_again(tmp_path: Path, whole_s
     out = tmp_path / "many"
     shutil.copytree(whole_seeds[0] / "many", out)
     config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"seeds": [0, 3, 44]}))  # and its folder could not be made
+    config |= {"seeds": [44, 0, 3], "training": config["training"] | {"seed": 44}}  # whose folder was deleted
+    (out / "config.json").write_text(json.dumps(config))
     seeds(out, of_seed, seeds=(0, 3), resume=True, recipe=None)
     assert json.loads((out / "config.json").read_text())["seeds"] == [0, 3]
 
