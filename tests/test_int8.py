@@ -579,7 +579,7 @@ def test_of_equally_accurate_methods_the_nearer_to_float32_is_taken(nearer: str,
     with torch.no_grad():
         given = torch.from_numpy(x) if encoding == "direct" else torch.from_numpy(x[:, :2]).transpose(0, 1)
         exact = convsnn()(given, 2).transpose(0, 1).numpy()
-    factors = iter((1.1, 1.5) if nearer == "mse" else (1.5, 1.1))
+    factors = iter((1.1, 0.5) if nearer == "mse" else (0.5, 1.1))
     found = calibrate(tracer, x, None, 2, lambda scales: next(factors) * exact)
     assert (found.method, found.accuracy) == (nearer, {"mse": 1.0, "percentile": 1.0})
 
