@@ -64,7 +64,7 @@ def test_files_beside_are_copied(tmp_path: Path) -> None:
 def test_a_tensor_larger_than_a_shard_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     said = r"layer1\.weight alone takes 0\.0123 MB; shards of at most 0\.002 MB are too small: allow 0\.02 MB"
     with pytest.raises(ValueError, match=said):
-        write_shards(tmp_path / "s", tensors_of([10, 3000]), CONTENT, limit=2000)
+        write_shards(tmp_path / "s", tensors_of([10, 3000, 20]), CONTENT, limit=2000)
     assert not any(tmp_path.iterdir())
 
 
@@ -105,9 +105,10 @@ def test_what_is_wrong_with_a_folder_is_named(folder: Path, tmp_path: Path) -> N
         "{}",
         '{"metadata": {"total_size": 3}}',
         '{"metadata": {"sha256": {}}, "weight_map": {}}',
-        '{"metadata": {"sha256": {"../x": "0"}}, "weight_map": {}}',
+        '{"metadata": {"sha256": {"x": "0", "../x": "0"}}, "weight_map": {}}',
         '{"metadata": {"sha256": ["x"]}, "weight_map": {}}',
-        '{"metadata": {"sha256": {"x": 0}}, "weight_map": {}}',
+        '{"metadata": {"sha256": {"x": "0", "y": 0}}, "weight_map": {}}',
+        '{"metadata": {"sha256": {"x": "0"}}, "weight_map": []}',
         "[" * 100_000,
     ],
 )

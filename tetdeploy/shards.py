@@ -160,7 +160,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         sums, weight_map = index["metadata"]["sha256"], index["weight_map"]
         usable = len(sums) > 0 and all(Path(name).name == name for name in sums) and isinstance(weight_map, dict)
-        usable = usable and isinstance(sums, dict) and all(isinstance(value, str) for value in sums.values())
+        usable = usable and all(isinstance(value, str) for value in sums.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         usable = False
     if not usable:
