@@ -141,7 +141,8 @@ def test_inspect_describes_shards_and_one_of_them(tmp_path: Path) -> None:
     for part in (found, *each):
         facts = next(inspection_tables(part))
         labels, values = ([*column.cells] for column in facts.columns)
-        assert "4 epochs and 0 steps finished" in values and "kept" not in labels
+        assert "4 epochs and 0 steps finished" in values and "–" not in values
+        assert "kept" not in labels
     for refuse in (tetdeploy.load, find_restart):
         with pytest.raises(
             ValueError, match=rf"is one of several files with weights; name their folder, .*{folder.name}"
