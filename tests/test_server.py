@@ -300,9 +300,8 @@ def test_ctrl_c_while_a_model_is_measured_ends_a_server_before_it_listens(monkey
 @pytest.mark.skipif(sys.platform == "win32", reason="where this ends the process")
 def test_ctrl_c_stops_a_server_where_a_loop_handles_no_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "Metrics", lambda: Metrics(CollectorRegistry()))
-    monkeypatch.setattr(
-        asyncio.SelectorEventLoop, "add_signal_handler", Mock(side_effect=NotImplementedError)
-    )  # Windows
+    as_on_windows = Mock(side_effect=NotImplementedError)
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "add_signal_handler", as_on_windows)
     assert _serve(announce=lambda *_: os.kill(os.getpid(), signal.SIGINT)) == 0
 
 
