@@ -126,7 +126,7 @@ def evaluate(
         name = trained_on(metadata, file) if data is None else data
         own_file = split == "test" and is_own_file(name, metadata["data"]["name"])
         if own_file and name not in (row["data"] for row in rows if "trained_on" in row):
-            note_own_file(name, metadata["data"]["name"])
+            note_own_file(name)
         images = _images(name, split, limit, data_dir, metadata)
         labels = images.labels if labels is None else labels
         if predictions is not None and not np.array_equal(images.labels, labels):

@@ -30,10 +30,11 @@ def default_steps(engine: Engine) -> tuple[int, ...]:
 def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | None) -> tuple[str, Any, Any]:
     """Name, images or frames as the graph takes them, and labels of a data set; by default the test set of the data
     that the model was trained on."""
-    from tetdeploy.data import Framing, load_data, load_frames, warn_of_other_framing
+    from tetdeploy.data import Framing, is_own_file, load_data, load_frames, warn_of_other_framing
 
     name = _data_name(engine, data)
-    note_own_file(name, own_data(engine))
+    if is_own_file(name, own_data(engine)):
+        note_own_file(name)
     if engine.encoding == "frames" and is_npz(name):
         x, labels, names = load_frames(name)
         check_classes(engine.path.name, engine.class_names, name, names)
@@ -46,15 +47,12 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
     return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
 
 
-def note_own_file(name: str, own: str) -> None:
-    """Say so if `name`, whose test set is meant, is the very file that was trained on, which has none."""
-    from tetdeploy.data import is_own_file
-
-    if is_own_file(name, own):
-        console.print(
-            f"{name} is one set with no test part: these images were trained on; give others with --data TEST.npz",
-            style="yellow",
-        )
+def note_own_file(name: str) -> None:
+    """Say that `name`, whose test set is meant, is the very file that was trained on, which has none."""
+    console.print(
+        f"{name} is one set with no test part: these images were trained on; give others with --data TEST.npz",
+        style="yellow",
+    )
 
 
 def note_other_checkpoint(engine: Engine) -> None:
