@@ -64,7 +64,7 @@ from tetdeploy.neurons import LIF
 from tetdeploy.provenance import images_sha256
 from tetdeploy.train import TrainConfig, distillation_loss, train
 from tetdeploy.train.augment import AUGMENTATIONS, same_at_every_step
-from tetdeploy.train.batches import DeviceImages, Draws
+from tetdeploy.train.device_images import DeviceImages, Draws
 from tetdeploy.train.objective import Teacher
 
 FIXTURES = Path(__file__).parent / "fixtures"

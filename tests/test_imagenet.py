@@ -33,7 +33,7 @@ from tetdeploy.early_exit import softmax
 from tetdeploy.export.trained import check_images
 from tetdeploy.networks import Classifier, NetworkConfig
 from tetdeploy.train import TrainConfig, TrainResult, train
-from tetdeploy.train.batches import Batch, Draws
+from tetdeploy.train.device_images import Batch, Draws
 from tetdeploy.train.disk_images import DiskImages, ImageReader, random_crop_flip, rank_cores
 from tetdeploy.train.schedule import derive_seed
 

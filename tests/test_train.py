@@ -40,8 +40,8 @@ from tetdeploy.run_folder import newest_run
 from tetdeploy.tensor_file import read_content
 from tetdeploy.train import How, TrainConfig, TrainResult, evaluate, loop, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, cutout, random_crop, random_flip
-from tetdeploy.train.batches import DeviceImages, Draws
 from tetdeploy.train.device import pick_device
+from tetdeploy.train.device_images import DeviceImages, Draws
 from tetdeploy.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from tetdeploy.train.progress import Progress
 from tetdeploy.train.runs import mark_latest, new_run_folder, only_trainer

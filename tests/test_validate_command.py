@@ -24,7 +24,7 @@ from export_helpers import digits, frames
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.class_names import check_classes
 from tetdeploy.cli import main
-from tetdeploy.cli.gates import Gate, check_gates, describe, parse_gate, place_gates
+from tetdeploy.cli.fail_under import Gate, check_gates, describe, parse_gate, place_gates
 from tetdeploy.engine import Engine
 from tetdeploy.files import sha256_of, write_json
 from tetdeploy.model_file import METADATA_KEY

@@ -1,7 +1,8 @@
 """Training: losses, schedules, stages, the loop, several seeds. The parts:
 
 - What is asked for: `config`; `stages`, its short notation; `schedule`, learning rates and random numbers of each step.
-- Data: `batches`, of images in memory or of files (`disk_images`), with `augment` and `autoaugment`.
+- Data: batches of a small set, held on the device (`device_images`), or of files (`disk_images`); `augment` and
+  `autoaugment`.
 - A step: `losses`; `objective`, what is minimised; `optimizer`; `cuda_graphs`, `recompute` and `qat`, other ways to
   compute it.
 - A run: `loop`, over what stays the same (`session`) and what changes (`state`); `runs`, its folder; `restart`, going

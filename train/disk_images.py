@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tetdeploy.data import ImageFiles
 
-    from .batches import Batch, Draws
+    from .device_images import Batch, Draws
 
 
 # What PyTorch's loader says when a process or thread of its own is gone.

@@ -21,10 +21,10 @@ from tetdeploy.traced_network import Runnable
 from tetdeploy.wording import counted
 
 from .augment import RESIZED_CROP
-from .batches import Batch, DeviceImages, Draws, Images
 from .config import How, TrainConfig
 from .cuda_graphs import StepGraphs, check_graphs
 from .device import device_name, pick_device, pick_precision, place, tuned_convolutions, wants_channels_last
+from .device_images import Batch, DeviceImages, Draws, Images
 from .disk_images import DiskImages, ImageReader
 from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer

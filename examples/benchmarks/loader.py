@@ -35,7 +35,6 @@ from tetdeploy.files import write_json
 from tetdeploy.memory import reused_memory
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig
-from tetdeploy.train.batches import Batch, DeviceImages, Draws, Images
 from tetdeploy.train.device import (
     autocast,
     device_name,
@@ -45,6 +44,7 @@ from tetdeploy.train.device import (
     tuned_convolutions,
     wants_channels_last,
 )
+from tetdeploy.train.device_images import Batch, DeviceImages, Draws, Images
 from tetdeploy.train.disk_images import DiskImages, ImageReader, rank_cores
 from tetdeploy.train.losses import total_loss
 from tetdeploy.train.optimizer import build_optimizer

@@ -9,7 +9,7 @@ import click
 from rich.text import Text
 
 from tetdeploy.cli.errors import INTERRUPTED, Recorded
-from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
+from tetdeploy.cli.fail_under import FAILED, Gate, check_gates, describe, parse_gates, place_gates
 from tetdeploy.cli.inputs import default_steps, export_again, load_classifier, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
     AT_LEAST_1,

@@ -1,4 +1,4 @@
-"""Batches of images and labels, on the device and augmented, and what is drawn for them."""
+"""Batches of a small set, which lies on the device and is augmented there; what is drawn for batches of any set."""
 
 from __future__ import annotations
 
