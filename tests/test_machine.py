@@ -17,16 +17,17 @@ from tetdeploy.signals import handled
 def group(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int = 8) -> None:
     """A machine with so many cores and control groups."""
     for name, text in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     monkeypatch.setattr(machine, "_CGROUP", folder)
+    monkeypatch.setattr(machine, "_OWN_GROUPS", folder / "own")
     monkeypatch.setattr(machine, "_CORES", folder)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
 
 
-def version_1(quota: str, period: str) -> dict[str, str]:
-    return {"cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": period}
+def version_1(quota: str, period: str, group: str = "cpu") -> dict[str, str]:
+    return {f"{group}/cpu.cfs_quota_us": quota, f"{group}/cpu.cfs_period_us": period}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,10 @@ def version_1(quota: str, period: str) -> dict[str, str]:
         (version_1("250000\n", "100000\n"), 8, 3),
         (version_1("-1\n", "100000\n"), 8, 8),
         ({"cpu/cpu.cfs_quota_us": "250000\n"}, 8, 8),
+        ({"own": "0::/a.slice/b\n", "a.slice/b/cpu.max": "200000 100000\n", "b/cpu.max": "100000 100000\n"}, 8, 2),
+        ({"own": "0::/a.slice/b\n", "a.slice/b/cpu.max": "max 100000\n", "a.slice/cpu.max": "300000 100000\n"}, 8, 3),
+        ({"own": "0::/..\n4:cpu,cpuacct:/docker/a\n", **version_1("250000\n", "100000\n")}, 8, 3),
+        (version_1("200000", "100000", "cpu/a") | {"own": "4:cpu,cpuacct:/a\n1:name=x:/b\n", "b/cpu.max": "1 1"}, 8, 2),
     ],
 )
 def test_a_quota_counts_where_it_is_less_than_the_affinity(

@@ -5,24 +5,38 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from itertools import product
+from pathlib import Path, PurePosixPath
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _CORES = Path("/sys/devices/system/cpu")
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may run on, or as many as the CPU quota of a container is worth, if fewer."""
+    """Logical cores that this process may run on, or as many as a CPU quota is worth, if fewer: of its container or its
+    systemd unit."""
     cores = len(_affinity())
-    quotas = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # of control groups, version 2 and 1
-    for files in quotas:
+    for folder, files in product(_control_groups(), (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])):
         with suppress(OSError, ValueError):  # there is none; or it is "max"
-            quota, period = (int(word) for file in files for word in (_CGROUP / file).read_text().split())
+            quota, period = (int(word) for file in files for word in (folder / file).read_text().split())
             if quota > 0 and period > 0:
                 cores = min(cores, math.ceil(quota / period))
     return cores
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders of the control groups of this process and of those round them, by version 2 and version 1. A container
+    sees its own in the place of the outermost, and may be told a path that it does not see."""
+    own = {"": "", "cpu": ""}
+    with suppress(OSError, ValueError):
+        for line in _OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own |= dict.fromkeys(controllers.split(","), path.lstrip("/"))
+    for controller in ("", "cpu"):
+        group = PurePosixPath(own[controller])
+        yield from (_CGROUP / controller / part for part in (group, *group.parents))
 
 
 def default_threads() -> int | None:
