@@ -280,6 +280,8 @@ def test_folders_without_checkpoint_say_what_they_are(tmp_path: Path) -> None:
     seed = tmp_path / "seed-1" / "config.json"
     seed.parent.mkdir()
     seed.touch()
+    with pytest.raises(FileNotFoundError, match=r"it has a run's settings, and no weights: name another run$"):
+        load(seed.parent)
     with pytest.raises(FileNotFoundError, match=r"the runs of several seeds: none has finished an epoch yet$"):
         load(tmp_path)
     (seed.parent / "checkpoint.safetensors").touch()

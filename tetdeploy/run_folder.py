@@ -171,6 +171,9 @@ def _why_none(folder: Path) -> str:
         return f"it holds the runs of several seeds: {one}"
     if newest_shards(folder / SHARDS_NAME) is not None:
         return f"its last weights are in shards: name {folder / SHARDS_NAME}"
+    if (folder / CONFIG_NAME).is_file():
+        other = _newest_trained(folder.parent)
+        return f"it has a run's settings, and no weights: name another run{_such(other)}"
     return "it is not a run folder"
 
 
