@@ -250,9 +250,9 @@ def _rounding(
     x: NDArray[Any],
     T: int,
     state: Sequence[NDArray[Any]] | None,
-    enough: float = math.inf,
-    others: RoundedOtherwise | None = None,
-    tick: Callable[[int], None] | None = None,
+    enough: float,
+    others: RoundedOtherwise,
+    tick: Callable[[int], None] | None,
 ) -> float:
     """How much PyTorch differs from itself where it rounds otherwise: with weights one ulp away, and in float64.
 
@@ -261,7 +261,6 @@ def _rounding(
         others: of the classifier.
         tick: called with the number of images done, of all networks; those that are not tried count as done.
     """
-    others = others or RoundedOtherwise(classifier)
     tick = tick or (lambda _: None)
     given = [
         (x[part], None if state is None else [layer[part] for layer in state])
@@ -292,15 +291,15 @@ def _is_at_threshold(
     x: NDArray[Any],
     T: int,
     state: Sequence[NDArray[Any]] | None,
-    others: RoundedOtherwise | None = None,
-    tick: Callable[[int], None] | None = None,
+    others: RoundedOtherwise,
+    tick: Callable[[int], None] | None,
 ) -> bool:
     """Whether neurons fire on one side alone, both reading and reset by the engine's spikes, and each is nearer to its
     threshold than membranes near it move in its layer where PyTorch rounds otherwise, times AMPLIFICATION.
 
     Args: see `_rounding`; here each image is ticked once.
     """
-    num_layers, others = len(engine.metadata["neurons"]), others or RoundedOtherwise(classifier)
+    num_layers = len(engine.metadata["neurons"])
     differ, farthest, moved = np.zeros(num_layers, np.bool_), np.zeros(num_layers), np.zeros(num_layers)
     for part in parts(len(x), 1, tick):
         image, u = x[part], None if state is None else [layer[part] for layer in state]

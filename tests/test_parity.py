@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,11 +256,15 @@ class AtTheThreshold(nn.Module):
         return logits
 
 
+def rounding(network: Any, *given: Any, tick: Any = None) -> float:
+    return _rounding(network, *given, RoundedOtherwise(network), tick)
+
+
 def test_rounding_is_the_most_that_pytorch_differs_from_itself() -> None:
     x = digits().images[:20]
-    assert _rounding(convsnn(), x, 4, None) < 1e-4
+    assert rounding(convsnn(), x, 4, None, math.inf) < 1e-4
     # Of numbers in -1..1 that many are above 0.5, and so make 1 + eps of 1 + eps u.
-    assert _rounding(calibrated(AtTheThreshold()), x, 1, None) == pytest.approx(0.25, abs=0.05)
+    assert rounding(calibrated(AtTheThreshold()), x, 1, None, math.inf) == pytest.approx(0.25, abs=0.05)
 
 
 @pytest.mark.parametrize("from_state", [False, True])
@@ -278,7 +283,7 @@ def test_rounding_is_the_same_in_parts(from_state: bool, monkeypatch: pytest.Mon
 
         monkeypatch.setattr("tetdeploy.export.parity._PART_OF_ROUNDING", part)
         monkeypatch.setattr("tetdeploy.export.parity.compare_torch", compared)
-        rate = _rounding(convsnn(), x, 2, state, enough=1e-9)
+        rate = rounding(convsnn(), x, 2, state, 1e-9)
         assert rate == pytest.approx(sum(counts) / (8 * 2 * sum(np.prod(n["shape"]) for n in neurons)))
         return counts
 
@@ -295,7 +300,7 @@ def test_rounding_is_not_measured_further_than_to_show_what_it_must(monkeypatch:
 
     monkeypatch.setattr("tetdeploy.export.parity.compare_torch", compared)
     x, network = digits().images[:4], calibrated(AtTheThreshold())
-    found = [_rounding(network, x, 1, None, enough) for enough in (0.1, 0.9)]
+    found = [rounding(network, x, 1, None, enough) for enough in (0.1, 0.9)]
     assert found == [pytest.approx(0.25, abs=0.05)] * 2 and len(tried) == 1 + 4
 
 
@@ -314,7 +319,7 @@ def test_networks_that_round_otherwise_are_made_once_and_only_as_far_as_asked_fo
 @pytest.mark.parametrize(("enough", "shown"), [(0.1, [4, 8, 20]), (0.9, [4, 8, 12, 16, 20])])
 def test_how_far_the_measurement_of_rounding_is_is_told(enough: float, shown: list[int]) -> None:
     done: list[int] = []
-    _rounding(calibrated(AtTheThreshold()), digits().images[:4], 1, None, enough, tick=done.append)
+    rounding(calibrated(AtTheThreshold()), digits().images[:4], 1, None, enough, tick=done.append)
     assert np.cumsum(done).tolist() == shown
 
 
@@ -382,7 +387,7 @@ def test_what_rounding_began(
     engine: Any = SimpleNamespace(metadata={"neurons": [{"name": "lif"}]})
     monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, [spikes]))
     u = None if state is None else [np.array([state, state], np.float32)]
-    assert _is_at_threshold(net, engine, digits().images[:2], 2, u) is expected
+    assert _is_at_threshold(net, engine, digits().images[:2], 2, u, RoundedOtherwise(net), None) is expected
 
 
 @pytest.mark.parametrize(("other", "expected"), [(OWN, True), ([[0, 1, 0, 1], [1, 0, 0, 1]], False)])
@@ -394,7 +399,7 @@ def test_every_image_says_what_rounding_began(
     left = [np.array(fired, np.float32)[:, None] for fired in ((other, near) if first else (near, other))]
     monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, [left.pop(0)]))
     net, images = calibrated(Constant()), digits().images[:2]
-    assert _is_at_threshold(net, engine, images, 2, None) is expected  # type: ignore[arg-type]
+    assert _is_at_threshold(net, engine, images, 2, None, RoundedOtherwise(net), None) is expected  # type: ignore[arg-type]
 
 
 class TwoLayers(nn.Module):
@@ -415,7 +420,8 @@ def test_each_layer_is_judged_by_its_own_rounding(monkeypatch: pytest.MonkeyPatc
     spikes = [np.array(fired, np.float32)[:, None] for fired in ([[1, 0, 0, 1], [0, 0, 0, 1]], [[0] * 4, [1] * 4])]
     monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, spikes))
     net = calibrated(TwoLayers())
-    assert not _is_at_threshold(net, engine, digits().images[:1], 2, None)  # type: ignore[arg-type]
+    x, others = digits().images[:1], RoundedOtherwise(net)
+    assert not _is_at_threshold(net, engine, x, 2, None, others, None)  # type: ignore[arg-type]
 
 
 def test_where_few_neurons_are_near_the_threshold_it_is_asked_whether_these_began_it(
