@@ -366,9 +366,9 @@ def modern_table(at: Place) -> None:
         accuracy = {T: [row["accuracy"] for run in swept_runs for row in run if row["T"] == T] for T in shown}
         of = {"name": entry.name, "recipe": entry.recipe, "runs": traced(runs, at)}
         numbers.append(of | {"test": accuracy})
-        rows.append([entry.name, *(mean_std(accuracy[T]) for T in shown)])
+        rows.append([entry.name, *(mean_std(accuracy[T]) for T in shown), str(len(runs))])
     write_numbers(at, {"rows": numbers})
-    write_table(at, ["trained at T=4, test (%)", *(f"T={T}" for T in shown)], rows)
+    write_table(at, ["trained at T=4, test (%)", *(f"T={T}" for T in shown), "seeds"], rows)
 
 
 def landscape(at: Place) -> None:
@@ -420,7 +420,7 @@ def scalability(at: Place) -> None:
         T = trained_T(folders[0])
         curve = {"T": steps, "accuracy_percent": accuracy, "accuracy_std": std, "energy_uj": energy}
         curves[entry.name] = curve | {"trained_T": T, "recipe": entry.recipe, "runs": traced(folders, at)}
-        rows.append([entry.name, *map(mean_std, fractions)])
+        rows.append([entry.name, *map(mean_std, fractions), str(len(runs))])
         color, line = COLORS[T], "--" if "sdt" in entry.options else ":" if "tit" in entry.recipe else "-"
         points = {"color": color, "markerfacecolor": "white" if "sdt" in entry.options else color}
         for axis, x in ((left, steps), (right, energy)):
@@ -428,11 +428,13 @@ def scalability(at: Place) -> None:
             axis.errorbar(x, accuracy, std, linestyle="none", color=color, capsize=2)
             axis.plot(x[steps.index(T)], accuracy[steps.index(T)], "o", markersize=9, **points)
     left.plot([], [], "o", color="0.4", markersize=9, label="large: T of the training")
+    if any(curve["accuracy_std"] for curve in curves.values()):
+        left.plot([], [], "|", color="0.4", markersize=12, label="bars: standard deviation")
     left.set(xlabel="time steps T", ylabel="test accuracy (%)")
     right.set(xlabel="energy (µJ per image)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     write_numbers(at, {"curves": curves})
-    write_table(at, ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
+    write_table(at, ["test (%)", *(f"T={t}" for t in range(1, 9)), "seeds"], rows)
     save(figure, at)
 
 

@@ -288,6 +288,7 @@ def test_the_modern_recipe_is_compared_on_one_set_and_as_many_seeds(
             (training, seed) for seed in (0, 1, 2)
         ]
         assert row["test"] == {str(T): [Stub.accuracy(training, seed, T) for seed in (0, 1, 2)] for T in (1, 2, 4, 6)}
+    assert (tmp_path / "modern.md").read_text().count(" | 3 |\n") == len(rows)
     options = stub.options_of("SGD-distilled")
     assert Path(options[options.index("--distill", options.index("--distill") + 1) + 1]) in stub.runs
 
@@ -325,7 +326,9 @@ def test_figure_4_is_of_mean_and_deviation_over_seeds(
     (curve,) = json.loads((tmp_path / "figure4.json").read_text())["curves"].values()
     assert curve["accuracy_std"] == pytest.approx([1.0] * 8)  # of 0, 1 and 2 points more
     assert [of["run"] for of in curve["runs"]] == [f"runs/figure4-smoke/TET-T4/seed-{seed}" for seed in (0, 1, 2)]
-    assert "| TET T=4 | 1.10 ± 1.00 | 1.20 ± 1.00 |" in (tmp_path / "figure4.md").read_text()
+    *_, row = (tmp_path / "figure4.md").read_text().splitlines()
+    assert row.startswith("| TET T=4 | 1.10 ± 1.00 | 1.20 ± 1.00 |") and row.endswith(" 1.80 ± 1.00 | 3 |")
+    assert "bars: standard deviation" in [text.get_text() for text in figures[0].legends[0].get_texts()]
     for axis in figures[0].axes:
         (bars,) = (bars.lines[2][0].get_segments() for bars in axis.containers)
         assert [high - low for (_, low), (_, high) in bars] == pytest.approx([2.0] * 8)
