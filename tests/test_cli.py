@@ -115,7 +115,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 RUN = "runs/digits-convsnn"
 MODEL = f"{RUN}/model-T3.onnx"
 TRAIN_FEW = ("train", "--data", "few.npz", "--epochs", "1", "--width", "0.25", "--out", "new")
-NOT_EXPORTED = "this network trains, but cannot be exported:"
+NOT_EXPORTED = "this network cannot be exported:"
 FRAMES_NET = """
 from torch import nn
 from tetdeploy.neurons import LIF

@@ -363,7 +363,7 @@ class _Job:
             reason = why_not(config, self.train.encoding)
         if reason is None or lacks_memory(ValueError(reason)):
             return self
-        text = f"{config.model}: this network trains, but cannot be exported: {reason}"
+        text = f"{config.model}: this network cannot be exported: {reason}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return replace(self, exports=False)
 
