@@ -219,6 +219,9 @@ class TestCommands:
     def test_one_seed_and_several_are_refused(self) -> None:
         said = refused("train", "--seed", "1", "--seeds", "0,1", code=2)
         assert "--seed and --seeds both decide the random numbers: choose one of them" in said
+        Path("three.toml").write_text('seeds = "0,1,2"')
+        said = refused("train", "--config", "three.toml", "--seed", "1", code=2)
+        assert "choose one of them (three.toml has the seeds 0, 1, 2)" in said
 
     @pytest.mark.parametrize("options", [("--out", "runs/"), ("--runs", "a/../mine", "--out", "mine")])
     def test_a_run_does_not_lie_where_all_runs_do(self, options: tuple[str, ...]) -> None:

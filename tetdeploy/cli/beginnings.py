@@ -105,7 +105,8 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
         data = read_metadata(teacher)["data"]
         _take_data(ctx, teacher, data, options)
     if seeds and is_typed(ctx, "seed"):
-        held = "" if is_given(ctx, "seeds") else f" ({out} has the seeds {', '.join(map(str, seeds))})"
+        has = ctx.params["config"] if is_given(ctx, "seeds") else out
+        held = "" if is_typed(ctx, "seeds") else f" ({has} has the seeds {', '.join(map(str, seeds))})"
         raise click.UsageError(f"--seed and --seeds both decide the random numbers: choose one of them{held}")
     return Beginning(out, seeds, _how(ctx, before), init, data)
 
