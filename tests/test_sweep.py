@@ -24,8 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy import sweep as sweeping
+from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.sweep import _prices, print_sweep
 from tetdeploy.cli.sweep import sweep as sweep_command
+from tetdeploy.data import save_npz
 from tetdeploy.early_exit.threshold import run_answers
 from tetdeploy.energy import CONVENTIONS, layers_of, other_ops_pj
 from tetdeploy.engine import Engine
@@ -67,13 +69,20 @@ def test_images_are_known_by_pixels_and_labels() -> None:
     assert (written["images_sha256"], written["checkpoint_sha256"]) == (known, None)
 
 
-def test_a_result_says_that_its_images_were_trained_on() -> None:
+def test_a_result_says_that_its_images_were_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     engine = Engine(exported("dynamic"), threads=1)
     engine.metadata["source"]["data"] = {"name": "own.npz"}
-    x, labels = digits().images[:4], digits().labels[:4]
+    for name in ("own.npz", "other.npz"):
+        save_npz(digits().select(slice(4)), name)
     for data, expected in {"./own.npz": True, "other.npz": None}.items():
-        written = sweep(engine, x, labels, (1,), data=data, num_timed=1).to_dict()
+        name, x, labels = load_inputs(engine, data, Path(), None)
+        assert ("own.npz is one set with no test part: these" in capsys.readouterr().out) is bool(expected)
+        written = sweep(engine, x, labels, (1,), data=name, num_timed=1).to_dict()
         assert written.get("trained_on") is expected
+    x, labels = digits().images[:4], digits().labels[:4]
     engine.metadata["source"]["data"] = {"name": "digits"}
     assert "trained_on" not in sweep(engine, x, labels, (1,), data="digits", num_timed=1).to_dict()
 
