@@ -131,7 +131,9 @@ def test_over_time_equals_a_loop_over_steps(layers: tuple[nn.Module, ...]) -> No
     torch.testing.assert_close(over_time(x), torch.stack(in_a_loop), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layers", [[nn.Flatten()], [nn.Flatten(-3)], [nn.Flatten(1, 2), nn.Flatten(-2)]], ids=str)
+@pytest.mark.parametrize(
+    "layers", [[nn.Flatten()], [nn.Flatten(-3), nn.Identity()], [nn.Flatten(1, 2), nn.Flatten(-2)]], ids=str
+)
 def test_layers_that_only_flatten_are_traced_for_any_T(layers: list[nn.Module]) -> None:
     layer, (T, N) = OverTime(*layers), (torch.export.Dim(name) for name in "TN")
     program = torch.export.export(layer, (torch.randn(3, 2, 2, 4, 4),), dynamic_shapes=({0: T, 1: N},))
