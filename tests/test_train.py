@@ -187,7 +187,7 @@ def test_learning_rate_warms_up_linearly_then_follows_a_cosine() -> None:
     assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
     assert rates[8] == pytest.approx(0.2)  # half of the cosine
     assert rates[11] == pytest.approx(0.2 * (1 + math.cos(math.pi * 7 / 8)))
-    assert learning_rate(0, peak=0.4, total_steps=1) == 0.4
+    assert learning_rate(0, peak=0.4, total_steps=1, warmup_steps=0) == 0.4
 
 
 def test_derived_seeds_differ_by_seed_purpose_and_index() -> None:

@@ -90,8 +90,6 @@ def total_loss(
     if not 0.0 <= lam <= 1.0:
         raise ValueError(f"lam is {lam}; it weighs the MSE term (Eq. 13) and must lie in [0, 1]")
     tet = tet_loss(logits, labels, label_smoothing=label_smoothing)
-    if lam == 0.0:
-        return tet
     return (1.0 - lam) * tet + lam * mse_loss(logits, phi=phi)
 
 

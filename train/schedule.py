@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 
-def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int = 0) -> float:
+def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int) -> float:
     """The learning rate of one step: linear warm-up to `peak`, then half a cosine towards 0.
 
     lr(s) = peak (s + 1) / warmup_steps                                              for s < warmup_steps
