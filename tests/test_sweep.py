@@ -291,9 +291,12 @@ def test_more_steps_than_the_graph_has_are_refused_before_the_run() -> None:
         check_images(engine, x, labels, 5)
 
 
-def test_steps_may_come_one_by_one_but_must_be_some() -> None:
+def test_steps_may_come_one_by_one_but_must_be_some(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, x, labels = Engine(exported("unrolled")), digits().images[:4], digits().labels[:4]
+    run, timed = engine.run, list[int]()
+    monkeypatch.setattr(engine, "run", lambda image, T: (timed.append(T), run(image, T)))
     assert [row.T for row in sweep(engine, x, labels, iter((np.int64(2), 1)), num_timed=1).rows] == [2, 1]
+    assert timed == [2, 2, 2]  # two rounds to warm up, and the one that was asked for
     for steps, message in ([[], "steps holds no T"], [(1, 2.0), "T must be a whole number, got 2.0"]):
         with pytest.raises(ValueError, match=message):
             sweep(engine, x, labels, steps)
