@@ -169,8 +169,11 @@ def test_each_stage_has_its_T_its_schedule_and_fresh_moments(whole_tit: Path) ->
     )
     steps = load_file(whole_tit / "last.safetensors")["optimizer.layer2.0.weight.step"]
     assert steps.item() == 2 * STEPS  # of the second stage alone
-    assert read_metadata(whole_tit)["provenance"]["T"] == 3
-    assert read_metadata(whole_tit)["training"]["T"] == 3
+    provenance = read_metadata(whole_tit)["provenance"]
+    assert provenance["T"] == read_metadata(whole_tit)["training"]["T"] == 3
+    validated = records[provenance["epoch"] - 1]
+    found = evaluate(tetdeploy.load(whole_tit), torch.tensor(VAL.x), torch.tensor(VAL.labels), T=3)
+    assert found == pytest.approx((validated["val_loss"], validated["val_accuracy"]))
 
 
 def test_the_checkpoint_is_the_best_of_the_last_stage_alone(tmp_path: Path) -> None:
