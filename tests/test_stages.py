@@ -385,6 +385,10 @@ def test_bn_is_estimated_on_runs_of_the_longest_length_drawn(tmp_path: Path) -> 
     passes = min(BN_BATCHES, STEPS)
     assert lengths[:STEPS] == [(True, 3)] * STEPS
     assert lengths[STEPS : STEPS + passes] == [(False, 3)] * passes and set(lengths[STEPS + passes :]) == {(False, 2)}
+    lengths.clear()
+    run(tmp_path / "stages", classifier, tit="1:1,3:1", ema=0.9)
+    half = len(lengths) // 2
+    assert {T for _, T in lengths[:half]} == {1} and {T for _, T in lengths[half:]} == {3}
 
 
 def test_each_epoch_draws_images_and_lengths_of_its_own_for_steps_and_for_bn(tmp_path: Path) -> None:
