@@ -88,6 +88,8 @@ def test_the_worst_layer_is_told_and_two_spikes_make_no_rate() -> None:
     sums.logits.add(np.zeros((1, 4, 2)), np.zeros((1, 4, 2)))
     sums.local.add(np.array([[1, 0, 0, 2], [2, 0, 0, 0], [0, 0, 0, 0]])[:, :, None])
     assert _parity(sums, 4).local_mismatch_rate == 3 / (10 * 4)
+    sums.local.add(np.array([[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])[:, :, None])  # of a second image
+    assert _parity(sums, 4).local_mismatch_rate == 3 / (5 * 4 * 2)
 
 
 def test_the_error_of_the_logits_is_the_largest_as_a_fraction_of_the_largest_logit() -> None:
