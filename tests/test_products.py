@@ -183,6 +183,7 @@ def test_a_product_says_what_it_is(layout: str, runner_of: Callable[..., Engine]
     scores, mixed = layers["products.by_heads"], layers["products.by_heads#2"]
     assert scores == Layer("products.by_heads", (8 * 4 * 8,), 1, positions=2, product=True)
     assert (mixed.input_shape, mixed.dense_ops(), mixed.num_weights) == ((8 * 8 * 4,), 2 * 8 * 8 * 4, 0)
+    assert Operations((mixed,)).ann() == {"mac_ops": 2 * 8 * 8 * 4, "energy_pj": pytest.approx(2 * 8 * 8 * 4 * 4.6)}
     shown = {layer["name"]: (layer["type"], layer["input"]) for layer in inspect(runner.path)["layers"]}
     assert shown["products.softmax"] == ("product", "pairs of spikes") and shown["readout"] == ("linear", "analogue")
     assert (shown["products.softmax#2"], shown["embed"][1]) == (("product", "pairs"), "image")
