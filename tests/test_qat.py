@@ -200,6 +200,8 @@ def test_weights_train_and_statistics_stay(trained: Path, tmp_path: Path, monkey
 def test_an_interrupted_run_goes_on_with_the_same_scales_and_weights(trained: Path, tmp_path: Path) -> None:
     changes = {"tit": "2:1,3:1"}
     whole = tuned(tmp_path / "whole", trained, **changes)
+    of_last_stage = qat.find_scales(load(trained), TRAIN, 3).scales
+    assert Calibration.from_dict(read_metadata(whole.out)["int8"]).scales == of_last_stage
     classifier, passes = load(trained), iter(range(1000))
 
     def interrupt(module: nn.Module, given: Any, output: Any) -> None:
