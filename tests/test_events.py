@@ -995,6 +995,10 @@ def test_what_does_not_fit_frames_is_refused(trained: Path) -> None:
             ("train", "--data", "frames.npz", "--T", "4", "--epochs", "2"),
             "3 frames a recording, too few for T=4; lower --T",
         ),
+        (
+            ("train", "--data", "frames.npz", "--tit", "4:1,3:1"),  # not of the last stage alone
+            "3 frames a recording, too few for T=4; lower --T",
+        ),
         (("sweep", str(trained / "model-T3.onnx"), "--data", "digits"), "takes input of shape [N, T, 2, 8, 8]"),
         (("train", "--data", "saccades:digits", "--T", "40"), "moves in 30 steps, too few for T=40"),
     ]:
