@@ -408,12 +408,12 @@ def test_scales_are_told_apart_by_name_scale_and_zero() -> None:
 
 
 class Leaky(nn.Module):
-    """One convolution of spikes, whose neurons keep a 64th from step to step."""
+    """One convolution of spikes, without a bias, whose neurons keep a 64th from step to step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 2, 3, padding=1)), LIF(v_th=0.3)
-        self.conv, self.lif2 = OverTime(nn.Conv2d(2, 2, 3, stride=2)), LIF(tau=1 / 64, v_th=0.3)
+        self.conv, self.lif2 = OverTime(nn.Conv2d(2, 2, 3, stride=2, bias=False)), LIF(tau=1 / 64, v_th=0.3)
         self.readout = OverTime(nn.Flatten(), nn.Linear(18, 10))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
