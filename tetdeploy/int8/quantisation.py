@@ -322,8 +322,8 @@ def _quantised(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
 
 
 def _numbers(value: Any, dims: int, default: int) -> list[int]:
-    """`[2]` and 2 are short for the same number along each axis."""
-    numbers = [default] if value is None else [value] if isinstance(value, int) else list(value)
+    """`[2]` is short for the same number along each axis, as a trace may have it (of 2 it has `[2, 2]`)."""
+    numbers = [default] if value is None else list(value)
     return numbers * dims if len(numbers) == 1 else numbers
 
 
