@@ -33,24 +33,25 @@ def script() -> ModuleType:
 
 
 def test_a_row_of_no_call(script: ModuleType) -> None:
-    server = SimpleNamespace(address="127.0.0.1:1", metric=lambda name: 0.0)
+    server = SimpleNamespace(address="127.0.0.1:1", metric=lambda name: 0.0, max_wait_ms=2.0)
     x = digits().images[:2]
     row = script.measure(server, engine("step"), x, np.zeros((2, 10)), 1, 0.05)
-    assert (row["mean_batch"], row["images_per_s"], row["share"]) == (0, 0, 0)
+    assert (row["max_wait_ms"], row["mean_batch"], row["images_per_s"], row["share"]) == (2, 0, 0, 0)
     assert "right" not in row["outcomes"]
 
 
 def test_the_result_is_written_where_an_earlier_one_lies(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "Server", lambda model, threads: nullcontext(SimpleNamespace(address="127.0.0.1:1")))
-    monkeypatch.setattr(script, "measure", lambda server, engine, x, expected, clients, seconds: {"clients": clients})
+    monkeypatch.setattr(script, "Server", lambda model, threads, wait: nullcontext(SimpleNamespace(max_wait_ms=wait)))
+    monkeypatch.setattr(script, "measure", lambda server, *given: {"clients": given[3], "wait": server.max_wait_ms})
     monkeypatch.setattr(script, "show", lambda rows: None)
-    for clients in ("1,2", "4"):
-        options = ["--clients", clients, "--json", str(tmp_path / "load.json")]
+    for clients in (["1,2"], ["4,8", "--against-wait-ms", "2"]):
+        options = ["--clients", *clients, "--json", str(tmp_path / "load.json")]
         done = CliRunner().invoke(script.main, [str(exported("step")), *options])
         assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "load.json").read_text()) == {"rows": [{"clients": 4}]}
+    rows = json.loads((tmp_path / "load.json").read_text())["rows"]
+    assert [(row["clients"], row["wait"]) for row in rows] == [(4, 0), (4, 2), (8, 0), (8, 2)]
 
 
 def test_an_interrupt_before_the_server_is_ready_ends_it(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

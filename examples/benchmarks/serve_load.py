@@ -2,7 +2,7 @@
 
     \b
     pip install 'tetdeploy[cpu,serve,train]'
-    python examples/benchmarks/serve_load.py --convsnn [--clients 1,16,64,256] [--json load.json]
+    python examples/benchmarks/serve_load.py --convsnn [--against-wait-ms 2] [--json load.json]
     python examples/benchmarks/serve_load.py MODEL --soak 10
     python examples/benchmarks/serve_load.py MODEL --faults
 
@@ -53,9 +53,10 @@ console = Console(highlight=False, width=120)
 class Server:
     """`tetdeploy serve` of one model, called m, in a process of its own."""
 
-    def __init__(self, model: Path, threads: int | None) -> None:
+    def __init__(self, model: Path, threads: int | None, max_wait_ms: float = 0.0) -> None:
+        self.max_wait_ms = max_wait_ms
         command = [sys.executable, "-m", "tetdeploy", "serve", f"m={model}", "--http-port", "0", "--grpc-port", "0"]
-        command += [] if threads is None else ["--threads", str(threads)]
+        command += ["--max-wait-ms", str(max_wait_ms), *([] if threads is None else ["--threads", str(threads)])]
         self.process = subprocess.Popen([*command, "--queue", "1024"], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         try:
@@ -192,13 +193,15 @@ def measure(server: Server, engine: Engine, x: Any, expected: Any, clients: int,
     batch = images / max(1, server.metric("tetdeploy_batch_images_count") - calls)  # 0 if no call ran
     p50, p95, p99 = (1e3 * float(q) for q in np.quantile(load.seconds or [np.nan], (0.5, 0.95, 0.99)))
     rate, alone = load.outcomes["right"] / took, engine_rate(engine, x, max(1, round(batch)), seconds / 4)
-    row = {"clients": clients, "images_per_s": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "mean_batch": batch}
+    row = {"clients": clients, "max_wait_ms": server.max_wait_ms, "images_per_s": rate}
+    row |= {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "mean_batch": batch}
     return row | {"engine_images_per_s": alone, "share": rate / alone, "outcomes": dict(load.outcomes)}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table()
-    for name in ("clients", "images/s", "p50 ms", "p95 ms", "p99 ms", "batch", "engine/s", "share", "outcomes"):
+    names = ("clients", "wait ms", "images/s", "p50 ms", "p95 ms", "p99 ms", "batch", "engine/s", "share", "outcomes")
+    for name in names:
         table.add_column(name, justify="right")
     for row in rows:
         numbers = [f"{row[name]:.4g}" for name in row if name not in ("clients", "outcomes")]
@@ -295,6 +298,9 @@ def _end_after(seconds: float, end: Callable[[], None]) -> None:
 @click.option("--clients", default="1,16,64,256", type=Numbers(), show_default=True)
 @click.option("--seconds", default=10.0, type=ABOVE_0, show_default=True, help="Of each number of clients.")
 @click.option("--threads", type=AT_LEAST_1, help="Threads of the engine. [default: as serve]")
+@click.option(
+    "--against-wait-ms", "wait", type=ABOVE_0, help="Measure a server with this --max-wait-ms, too, taking turns."
+)
 @click.option("--soak", "minutes", type=ABOVE_0, help="Watch the server's memory for so many minutes instead.")
 @click.option("--faults", "with_faults", is_flag=True, help="Misbehave, stop, kill and restart instead.")
 @json_option
@@ -305,6 +311,7 @@ def main(
     clients: tuple[int, ...],
     seconds: float,
     threads: int | None,
+    wait: float | None,
     minutes: float | None,
     with_faults: bool,
     json_path: Path | None,
@@ -320,12 +327,15 @@ def main(
             found: Any = faults(model, threads, x, expected)
             console.print(found)
         else:
-            with Server(model, threads) as server:
+            with contextlib.ExitStack() as stack:
+                waits = (0.0,) if wait is None or minutes is not None else (0.0, wait)
+                servers = [stack.enter_context(Server(model, threads, max_wait_ms)) for max_wait_ms in waits]
                 if minutes is not None:
-                    found = soak(server, x, expected, minutes)
+                    found = soak(servers[0], x, expected, minutes)
                     console.print(found)
                 else:
-                    found = {"rows": [measure(server, engine, x, expected, count, seconds) for count in clients]}
+                    sides = [(count, server) for count in clients for server in servers]
+                    found = {"rows": [measure(server, engine, x, expected, count, seconds) for count, server in sides]}
                     show(found["rows"])
     if json_path is not None:
         write_json(json_path, found)

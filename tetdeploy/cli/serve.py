@@ -45,10 +45,10 @@ Examples:
 @click.option("--max-batch", default=64, show_default=True, type=AT_LEAST_1, help="Images of one call.")
 @click.option(
     "--max-wait-ms",
-    default=2.0,
+    default=0.0,
     show_default=True,
     type=FiniteRange(min=0),
-    help="How long a request waits for others to share its call.",
+    help="How long a request waits for others while no call runs; those that come during one share the next.",
 )
 @click.option("--queue", default=256, show_default=True, type=AT_LEAST_1, help="Requests that may wait for a model.")
 @click.option(

@@ -38,10 +38,11 @@ class CallFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds a scheduler: `max_batch` and `queue` at least 1, `max_wait` in seconds, 0 for no waiting at all."""
+    """What bounds a scheduler: `max_batch` and `queue` at least 1, `max_wait` in seconds; at 0 those requests share a call
+    that come while another one runs."""
 
     max_batch: int = 64
-    max_wait: float = 0.002
+    max_wait: float = 0.0
     queue: int = 256
 
     def __post_init__(self) -> None:
