@@ -83,6 +83,7 @@ def test_a_batch_runs_when_it_is_full_or_its_oldest_request_has_waited() -> None
     assert taken(full, 10.0) == ("T4", "abc")
     assert taken(full, 10.0) is None and len(full) == 1
     assert taken(full, 15.0) == ("T4", "d")
+    assert waiting(Limits(), ("T4", "a", 10.0)).due() == 10.0  # unless asked to, it waits for nobody
 
 
 def test_a_client_that_left_fills_no_batch() -> None:

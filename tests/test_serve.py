@@ -1042,6 +1042,8 @@ def test_every_option_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given == [Address("::1", 1, 2), Limits(3, 0.004, 5), Bounds(9, 10, 11, 12_000_000)]
     assert serve.call_args.kwargs["sizes"] == Sizes(6_000_000, 7_000_000, 8_000_000)
     assert serve.call_args.kwargs["threads"] == 13
+    assert CliRunner().invoke(main, ["serve", "m.onnx"]).exit_code == 0
+    assert serve.call_args.args[2] == Limits()
 
 
 @pytest.mark.slow

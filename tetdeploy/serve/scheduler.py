@@ -38,8 +38,8 @@ class CallFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds a scheduler: `max_batch` and `queue` at least 1, `max_wait` in seconds; at 0 those requests share a call
-    that come while another one runs."""
+    """What bounds a scheduler: `max_batch` and `queue` at least 1, `max_wait` in seconds; at 0 those requests share a
+    call that come while another one runs."""
 
     max_batch: int = 64
     max_wait: float = 0.0
