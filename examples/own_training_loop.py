@@ -22,7 +22,7 @@ from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.data import load_data
 from tetdeploy.networks import Classifier, NetworkConfig
 from tetdeploy.neurons import LIF
-from tetdeploy.provenance import written
+from tetdeploy.storage.provenance import written
 from tetdeploy.train import total_loss
 
 

@@ -31,12 +31,12 @@ from typing import Any
 import click
 
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.files import atomic_write, sha256_of, write_json
-from tetdeploy.metrics import read_metrics
-from tetdeploy.provenance import version, written
 from tetdeploy.report.drawing import save_plot
-from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
-from tetdeploy.signals import handled, terminations
+from tetdeploy.storage.files import atomic_write, sha256_of, write_json
+from tetdeploy.storage.metrics import read_metrics
+from tetdeploy.storage.provenance import version, written
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
+from tetdeploy.system.signals import handled, terminations
 
 COMMAND = (sys.executable, "-m", "tetdeploy")
 RECIPES = Path(__file__).parent / "recipes"

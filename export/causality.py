@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
-from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.networks.smooth_spike import steepness
+from tetdeploy.storage.files import lacks_temporary_folder
 from tetdeploy.tracing import MAKES_NUMBERS
 from tetdeploy.wording import counted, shorten
 

@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from tetdeploy import __version__
 from tetdeploy.int8.quantisation import Scales, scales_sha256
-from tetdeploy.model_file import FORMAT, METADATA_KEY
 from tetdeploy.networks import Classifier
-from tetdeploy.provenance import written
+from tetdeploy.storage.model_file import FORMAT, METADATA_KEY
+from tetdeploy.storage.provenance import written
 
 from .config import ExportConfig
 from .counters import counting_overlay

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from tetdeploy.files import atomic_write
 from tetdeploy.serve.scheduler import GRACE_SECONDS
+from tetdeploy.storage.files import atomic_write
 
 MODELS = "/mnt/models"  # where KServe's storage initializer puts what lies at the storage URI
 HOST, HTTP_PORT = "::", 8080  # IPv6 and IPv4: a cluster may have either

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from tetdeploy.agreement import reference_path
 from tetdeploy.arguments import check_type
 from tetdeploy.engine import Engine
-from tetdeploy.files import atomic_write, temporary_folder
 from tetdeploy.folding import FoldingError
-from tetdeploy.form import check_form
 from tetdeploy.int8.calibration import METHODS, Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
-from tetdeploy.memory import reused_memory
 from tetdeploy.networks import Classifier, check_classifier
-from tetdeploy.provenance import ORIGIN
+from tetdeploy.storage.files import atomic_write, temporary_folder
+from tetdeploy.storage.form import check_form
+from tetdeploy.storage.provenance import ORIGIN
 from tetdeploy.sweep import check_class_numbers
+from tetdeploy.system.memory import reused_memory
 from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
 from tetdeploy.wording import first_line

@@ -32,8 +32,6 @@ from numpy.typing import NDArray
 from torch import fx
 
 from tetdeploy.data import Encoding
-from tetdeploy.extras import MissingExtraError, import_extra
-from tetdeploy.files import atomic_write
 from tetdeploy.folding import (
     DROPOUT,
     VIEWS,
@@ -43,9 +41,11 @@ from tetdeploy.folding import (
     parameter,
     remedy_of_computed,
 )
-from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.networks import Classifier
-from tetdeploy.provenance import written
+from tetdeploy.storage.files import atomic_write
+from tetdeploy.storage.model_file import METADATA_KEY
+from tetdeploy.storage.provenance import written
+from tetdeploy.system.extras import MissingExtraError, import_extra
 from tetdeploy.tracing import quiet
 from tetdeploy.wording import first_line
 

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from tetdeploy.model_file import METADATA_KEY, parse_metadata
+from tetdeploy.storage.model_file import METADATA_KEY, parse_metadata
 
 
 def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:

@@ -26,9 +26,9 @@ from tritonclient.grpc import model_config_pb2 as triton
 
 from tetdeploy import __version__
 from tetdeploy.class_names import as_utf8
-from tetdeploy.files import atomic_folder
-from tetdeploy.model_file import parse_metadata, read_model
 from tetdeploy.runtimes.manifest import read_manifest
+from tetdeploy.storage.files import atomic_folder
+from tetdeploy.storage.model_file import parse_metadata, read_model
 
 from .reading import parse_graph
 from .sequence_graph import sequence_graph

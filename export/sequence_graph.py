@@ -21,7 +21,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from tetdeploy.model_file import METADATA_KEY
+from tetdeploy.storage.model_file import METADATA_KEY
 
 
 def sequence_graph(step: onnx.ModelProto, metadata: dict[str, Any]) -> onnx.ModelProto:

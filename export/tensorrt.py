@@ -17,12 +17,12 @@ from typing import Any
 
 import onnx
 
-from tetdeploy.files import atomic_write, write_json
-from tetdeploy.model_file import read_model
-from tetdeploy.provenance import written
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
-from tetdeploy.signals import handled, terminations
+from tetdeploy.storage.files import atomic_write, write_json
+from tetdeploy.storage.model_file import read_model
+from tetdeploy.storage.provenance import written
+from tetdeploy.system.signals import handled, terminations
 
 from .progress import Progress
 from .reading import parse_graph

@@ -16,9 +16,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from tetdeploy.model_file import state_outputs
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession
 from tetdeploy.runtimes.sessions import Sessions
+from tetdeploy.storage.model_file import state_outputs
 
 VERSION = "1.2.3"
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from tetdeploy.report.document import Block, Cards, Note, Plot, Row, Table
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import Results
-from tetdeploy.tensor_file import write_tensors
+from tetdeploy.storage.tensor_file import write_tensors
 
 PLOTTERS = (*(f"sections.{name}" for name in ("accuracy", "cost", "early_exit", "pareto", "training")), "entry_plot")
 VOID = {"meta", "br", "hr", "img", "link", "input"}

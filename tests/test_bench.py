@@ -23,11 +23,11 @@ from tetdeploy import native
 from tetdeploy.bench import CALLS_PER_TURN, Bench, Setting, random_input
 from tetdeploy.cli import main
 from tetdeploy.engine import Engine
-from tetdeploy.machine import cpu_model
 from tetdeploy.report.document import Table
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 from tetdeploy.report.tables import bench_cells
+from tetdeploy.system.machine import cpu_model
 
 Call = tuple[int, int, int]  # threads, batch, T
 
@@ -227,7 +227,7 @@ def test_on_a_gpu_its_name_is_kept_and_threads_are_one_setting(
 ) -> None:
     gpu_build(monkeypatch, ["CUDAExecutionProvider"])
     monkeypatch.setattr("tetdeploy.bench.gpu_name", lambda: name)
-    monkeypatch.setattr("tetdeploy.machine.usable_cores", lambda: 8)
+    monkeypatch.setattr("tetdeploy.system.machine.usable_cores", lambda: 8)
     monkeypatch.setenv("COLUMNS", "200")
     clocked(lambda call, k: 1e-3)
     done = run(model, "--device", "cuda", "--repeats", 1)
@@ -243,7 +243,7 @@ def test_on_a_gpu_its_name_is_kept_and_threads_are_one_setting(
 
 def test_on_a_cpu_no_gpu_is_asked_for(model: Path, clocked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.bench.gpu_name", lambda: pytest.fail("asked"))
-    monkeypatch.setattr("tetdeploy.machine.usable_cores", lambda: 2)
+    monkeypatch.setattr("tetdeploy.system.machine.usable_cores", lambda: 2)
     clocked(lambda call, k: 1e-3)
     assert run(model, "--repeats", 1).exit_code == 0
     content = json.loads(model.with_suffix(".bench.json").read_text())
@@ -256,7 +256,7 @@ def test_an_unrolled_graph_says_that_T_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_more_threads_than_cores_are_warned_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tetdeploy.machine.usable_cores", lambda: 1)
+    monkeypatch.setattr("tetdeploy.system.machine.usable_cores", lambda: 1)
     done = run(model, "--repeats", 1, "--threads", "1,2", "--batch", 1)
     assert done.exit_code == 0 and "2 threads on 1 cores" in done.output
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import tetdeploy
 from tetdeploy.checkpoint import load, load_weights, read_checkpoint, read_metadata, save_checkpoint
-from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
-from tetdeploy.metrics import metrics_line, read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import (
+from tetdeploy.storage.files import atomic_folder, atomic_write, check_writable, write_json
+from tetdeploy.storage.metrics import metrics_line, read_metrics, write_metrics
+from tetdeploy.storage.run_folder import (
     checkpoint_file,
     latest_run,
     newest_export,
@@ -38,7 +38,7 @@ from tetdeploy.run_folder import (
     weights_sha256,
     without_latest,
 )
-from tetdeploy.shards import read_shards, write_shards
+from tetdeploy.storage.shards import read_shards, write_shards
 
 
 class OwnNetwork(nn.Module):
@@ -523,7 +523,7 @@ def test_content_is_on_the_disk_before_it_has_its_name(
             raise OSError(code, os.strerror(code))
 
     sizes: list[int] = []
-    monkeypatch.setattr("tetdeploy.files.os.fsync", sync)
+    monkeypatch.setattr("tetdeploy.storage.files.os.fsync", sync)
     for code in (0, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO):  # four of which do no harm
         path = tmp_path / f"written-{code}"
         with pytest.raises(OSError, match=re.escape(str(path))) if code == errno.EIO else nullcontext():

@@ -44,10 +44,10 @@ from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data, save_npz
 from tetdeploy.engine import Engine
 from tetdeploy.export import preflight
-from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import newest_export
-from tetdeploy.tensor_file import read_content, write_tensors
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.run_folder import newest_export
+from tetdeploy.storage.tensor_file import read_content, write_tensors
 from tetdeploy.train import TrainResult, loop
 from tetdeploy.train.progress import Progress
 from tetdeploy.train.state import Best
@@ -1292,7 +1292,7 @@ class TestBadInput:
     [
         (("sweep",), "engine.Engine.run_with"),
         (("predict", MODEL, "a.png"), "engine.Engine.run"),
-        (("inspect", RUN, "--json", "new"), "files.json_text"),
+        (("inspect", RUN, "--json", "new"), "storage.files.json_text"),
         (("export", "--layout", "step"), "export.model.check_steps"),
         (("export", "--layout", "step"), "export.model.write_reference"),
         (("report",), "report.writers.to_html"),
@@ -1522,7 +1522,7 @@ def test_a_bar_says_how_many_are_done_in_a_second() -> None:
     ]
 
 
-@pytest.mark.parametrize("module", ["tetdeploy.machine", "rich.console"])
+@pytest.mark.parametrize("module", ["tetdeploy.system.machine", "rich.console"])
 def test_ctrl_c_during_the_imports_is_one_line(module: str) -> None:
     code = """
 import os, signal, sys
@@ -1559,7 +1559,7 @@ def test_a_termination_leaves_nothing_half_written(first: str, second: str, tmp_
     code = """
 import os, signal, sys, click
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.files import atomic_write
+from tetdeploy.storage.files import atomic_write
 @click.command(cls=CleanErrors)
 def command():
     try:

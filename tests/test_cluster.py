@@ -22,8 +22,8 @@ import yaml
 from tetdeploy.cli import main
 from tetdeploy.cli.serve import serve
 from tetdeploy.export.kserve import inference_service
-from tetdeploy.files import sha256_of, write_json
 from tetdeploy.serve.scheduler import GRACE_SECONDS
+from tetdeploy.storage.files import sha256_of, write_json
 
 URI = "s3://models/digits"
 ROOT = Path(__file__).parent.parent

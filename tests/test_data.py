@@ -32,7 +32,6 @@ from image_helpers import DEEP, write_deep_png
 from numpy.typing import NDArray
 from PIL import Image
 
-from tetdeploy import files
 from tetdeploy.class_names import check_classes
 from tetdeploy.cli import main
 from tetdeploy.data import (
@@ -57,8 +56,9 @@ from tetdeploy.data.download import download
 from tetdeploy.data.folder import class_files
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.images import channel_statistics, mixed_order, stratified
-from tetdeploy.provenance import images_sha256
-from tetdeploy.signals import handled
+from tetdeploy.storage import files
+from tetdeploy.storage.provenance import images_sha256
+from tetdeploy.system.signals import handled
 
 NO_DATA = Path("nowhere")
 

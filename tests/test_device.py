@@ -124,7 +124,7 @@ def test_a_run_on_a_cpu_fuses_every_layer(options: dict[str, Any], layers: int, 
 PAGES = """
 import resource
 import torch
-from tetdeploy.memory import reused_memory
+from tetdeploy.system.memory import reused_memory
 
 def new_pages(megabytes, blocks=10):
     "What comes anew for blocks that are freed before the next: not for the first ones; the kernel may add its own."

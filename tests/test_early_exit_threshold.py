@@ -40,12 +40,12 @@ from tetdeploy.early_exit.threshold import (
 )
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
-from tetdeploy.files import sha256_of
-from tetdeploy.provenance import images_sha256
 from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared, savings_shown
 from tetdeploy.report.early_exit import rule as rule_shown
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.provenance import images_sha256
 
 Array = np.ndarray[Any, Any]
 T = 6

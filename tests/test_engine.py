@@ -27,12 +27,12 @@ from tetdeploy.early_exit import Exit, certainty
 from tetdeploy.energy import layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
-from tetdeploy.extras import MissingExtraError
 from tetdeploy.inspection import inspect
 from tetdeploy.layers import DirectEncoding, OverTime
-from tetdeploy.machine import default_threads
-from tetdeploy.model_file import check_metadata
 from tetdeploy.neurons import LIF
+from tetdeploy.storage.model_file import check_metadata
+from tetdeploy.system.extras import MissingExtraError
+from tetdeploy.system.machine import default_threads
 
 Array = np.ndarray[Any, Any]
 

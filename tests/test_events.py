@@ -58,10 +58,10 @@ from tetdeploy.data.labelled import LabelledSet
 from tetdeploy.data.saccades import NUM_STEPS, saccade_events, saccade_frames, saccade_path
 from tetdeploy.early_exit import softmax
 from tetdeploy.engine import Engine
-from tetdeploy.form import as_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import LIF
-from tetdeploy.provenance import images_sha256
+from tetdeploy.storage.form import as_json
+from tetdeploy.storage.provenance import images_sha256
 from tetdeploy.train import TrainConfig, distillation_loss, train
 from tetdeploy.train.augment import AUGMENTATIONS, same_at_every_step
 from tetdeploy.train.device_images import DeviceImages, Draws

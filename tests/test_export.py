@@ -68,7 +68,7 @@ from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import IF, LIF, lif
-from tetdeploy.provenance import version
+from tetdeploy.storage.provenance import version
 from tetdeploy.tracing import Tracer, quiet, reason
 
 Options = dict[str, Any]

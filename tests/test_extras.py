@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tetdeploy.extras import MissingExtraError, import_extra
+from tetdeploy.system.extras import MissingExtraError, import_extra
 
 
 def test_a_missing_package_is_named() -> None:

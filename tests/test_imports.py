@@ -36,10 +36,10 @@ MODULES = [
                 "engine",
                 "engine_stream",
                 "inspection",
-                "model_file",
                 "native",
             ),
-            *("early_exit.savings", "early_exit.threshold", "resumable", "serve", "streams", "sweep"),
+            *("early_exit.savings", "early_exit.threshold", "serve", "streams", "sweep"),
+            *("storage.model_file", "storage.resumable"),
             *("report.sweep_plot", "report.tables"),
             *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session", "runtimes.sessions"),
         )
@@ -145,7 +145,7 @@ def test_a_serving_host_runs_every_command_for_models(tmp_path: Path) -> None:
     Image.fromarray(data.images[0, 0]).save(tmp_path / "a.png")
     names = np.array(data.class_names)
     np.savez(tmp_path / "d.npz", images=data.images[:60], labels=data.labels[:60], class_names=names)
-    model, *modules = str(exported("step")), *modules_below("runtimes", "native", "report", "early_exit")
+    model, *modules = str(exported("step")), *modules_below("runtimes", "native", "report", "early_exit", "storage", "system")
     assert len(modules) > 20
     shutil.copy(model, tmp_path / "m.onnx")
     code = """

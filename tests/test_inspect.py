@@ -30,8 +30,8 @@ from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.export.sequence_graph import sequence_graph
 from tetdeploy.inspection import _layer, _type, inspect
 from tetdeploy.report.inspection import inspection_tables, size
-from tetdeploy.standard_output import StandardOutput
-from tetdeploy.tensor_file import write_tensors
+from tetdeploy.storage.tensor_file import write_tensors
+from tetdeploy.system.standard_output import StandardOutput
 
 TRAINING = {"T": 3, "epochs": 2, "tit": "", "loss": "tet", "lam": 0.05, "optimizer": "adamw", "lr": 0.002, "seed": 7}
 PROVENANCE = {"versions": {"torch": "2.13"}, "created": "2026-01-02T03:04:05", "epoch": 2, "val_accuracy": 0.9321}

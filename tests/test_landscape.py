@@ -30,8 +30,8 @@ from tetdeploy.data import load_data
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.report import landscape as landscape_figure
 from tetdeploy.report.landscape import landscape_table, plot_landscape, summarise
-from tetdeploy.shards import write_shards
-from tetdeploy.tensor_file import read_content
+from tetdeploy.storage.shards import write_shards
+from tetdeploy.storage.tensor_file import read_content
 from tetdeploy.train import evaluate, landscape, sdt_loss, tet_loss
 from tetdeploy.train.landscape import (
     Landscape,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from export_helpers import exported
 
-from tetdeploy import Engine, __main__, machine
-from tetdeploy.signals import handled
+from tetdeploy import Engine, __main__
+from tetdeploy.system import machine
+from tetdeploy.system.signals import handled
 
 
 def group(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int = 8) -> None:

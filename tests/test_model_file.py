@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tetdeploy.model_file import check_outputs
+from tetdeploy.storage.model_file import check_outputs
 
 METADATA: dict[str, Any] = {
     "class_names": ["a", "b"],

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tetdeploy.files import sha256_of
 from tetdeploy.layers import tdBN
 from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, build_network, code_sha256, import_network
 from tetdeploy.networks.blocks import conv_bn
 from tetdeploy.networks.resnet19 import ResNet19
 from tetdeploy.networks.vggsnn import VGGSNN
 from tetdeploy.neurons import LIF
+from tetdeploy.storage.files import sha256_of
 
 SIDE = 32  # the smallest image that every network takes
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from gpu_stand_in import Cuda, TensorRT
 
-from tetdeploy.extras import MissingExtraError
 from tetdeploy.runtimes import nvidia
 from tetdeploy.runtimes.nvidia import (
     NoGpuError,
@@ -21,6 +20,7 @@ from tetdeploy.runtimes.nvidia import (
     import_tensorrt,
     target_architectures,
 )
+from tetdeploy.system.extras import MissingExtraError
 
 INSTALL = r"pip install 'tetdeploy\[tensorrt\]' --extra-index-url https://pypi\.nvidia\.com"
 

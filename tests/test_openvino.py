@@ -39,11 +39,11 @@ from tetdeploy.export import ExportConfig, Exported, Parity, ParityError, export
 from tetdeploy.export.config import Layout, Precision, Target
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.export.pooling import close_windows
-from tetdeploy.extras import MissingExtraError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import LIF
 from tetdeploy.runtimes import openvino_session
+from tetdeploy.system.extras import MissingExtraError
 
 pytest.importorskip("openvino", reason="openvino is not installed (extra openvino)")
 

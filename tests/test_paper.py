@@ -24,10 +24,10 @@ import pytest
 from click.testing import CliRunner
 
 from tetdeploy.cli.train import default_by_network, train, train_config
-from tetdeploy.files import sha256_of
-from tetdeploy.provenance import version
 from tetdeploy.report.reading import result_files
-from tetdeploy.signals import handled
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.provenance import version
+from tetdeploy.system.signals import handled
 from tetdeploy.train import TrainConfig
 
 FILE = Path(__file__).parent.parent / "examples" / "paper.py"

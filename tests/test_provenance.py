@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tetdeploy import __version__, provenance
+from tetdeploy import __version__
 from tetdeploy.cli import main
 from tetdeploy.cli.errors import Recorded
-from tetdeploy.provenance import version
+from tetdeploy.storage import provenance
+from tetdeploy.storage.provenance import version
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder where the package lies, as far as `version` can tell."""
-    (tmp_path / "tetdeploy").mkdir()
-    (tmp_path / "tetdeploy" / "provenance.py").write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "tetdeploy" / "provenance.py"))
+    (tmp_path / "tetdeploy" / "storage").mkdir(parents=True)
+    (tmp_path / "tetdeploy" / "storage" / "provenance.py").write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "tetdeploy" / "storage" / "provenance.py"))
     version.cache_clear()
     yield tmp_path
     version.cache_clear()
@@ -58,7 +59,7 @@ def test_a_hook_of_another_repository_and_the_index_are_left_alone(
 ) -> None:
     index, commit = package / ".git" / "index", git("rev-parse", "HEAD")[:12]
     monkeypatch.setenv("GIT_DIR", str(package / "elsewhere"))
-    (package / "tetdeploy" / "provenance.py").touch()  # the index has another time
+    (package / "tetdeploy" / "storage" / "provenance.py").touch()  # the index has another time
     before = index.stat().st_mtime_ns
     assert version() == f"{__version__}+g{commit}"
     assert index.stat().st_mtime_ns == before
@@ -70,7 +71,7 @@ def test_a_changed_checkout_says_so(git: Callable[..., str], package: Path) -> N
     commit = git("rev-parse", "HEAD")[:12]
     assert version() == f"{__version__}+g{commit}"
     version.cache_clear()
-    (package / "tetdeploy" / "provenance.py").write_text("changed")
+    (package / "tetdeploy" / "storage" / "provenance.py").write_text("changed")
     assert version() == f"{__version__}+g{commit}.dirty"
 
 

@@ -31,7 +31,7 @@ from tetdeploy.checkpoint import read_metadata
 from tetdeploy.cli import main
 from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.tensor_file import read_content
+from tetdeploy.storage.tensor_file import read_content
 from tetdeploy.train import How, TrainConfig, device, loop, train, train_seeds
 from tetdeploy.train.ranks import Ranks, current_ranks, process_group
 from tetdeploy.train.runs import only_trainer

@@ -16,7 +16,7 @@ from tetdeploy.cli.recipe import read_recipe
 from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.data import DATA_NAMES
 from tetdeploy.networks import NETWORKS, NetworkConfig
-from tetdeploy.run_folder import latest_run
+from tetdeploy.storage.run_folder import latest_run
 from tetdeploy.train import TrainConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.toml"))

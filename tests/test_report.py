@@ -32,7 +32,6 @@ from report_helpers import (
 )
 
 from tetdeploy.cli import main
-from tetdeploy.files import sha256_of
 from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.numbers import count, energy, milliseconds
 from tetdeploy.report.page import document_of
@@ -41,6 +40,7 @@ from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.pareto import Point, pareto
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.writers import to_html, to_markdown
+from tetdeploy.storage.files import sha256_of
 from tetdeploy.train.state import Best
 
 

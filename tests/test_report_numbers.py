@@ -26,7 +26,6 @@ from report_helpers import (
     write,
 )
 
-from tetdeploy.files import sha256_of
 from tetdeploy.report import validation
 from tetdeploy.report.document import Cards, Note, Plot, Table
 from tetdeploy.report.drawing import energy_unit
@@ -38,6 +37,7 @@ from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.settings import _TRAINING
 from tetdeploy.report.sections.training import _duration, _kept
 from tetdeploy.report.tables import layers_table
+from tetdeploy.storage.files import sha256_of
 from tetdeploy.train.config import TrainConfig
 
 SETTINGS = "What was trained, on what and how"

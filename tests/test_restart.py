@@ -22,14 +22,14 @@ import tetdeploy
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.cli import main
 from tetdeploy.cli.errors import INTERRUPTED
-from tetdeploy.files import sha256_of
 from tetdeploy.inspection import inspect
-from tetdeploy.metrics import read_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.report.inspection import inspection_tables
-from tetdeploy.run_folder import newest_shards, weights_file
-from tetdeploy.shards import INDEX_NAME, read_shards, read_shards_content, write_shards
-from tetdeploy.tensor_file import read_content, write_tensors
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.metrics import read_metrics
+from tetdeploy.storage.run_folder import newest_shards, weights_file
+from tetdeploy.storage.shards import INDEX_NAME, read_shards, read_shards_content, write_shards
+from tetdeploy.storage.tensor_file import read_content, write_tensors
 from tetdeploy.train import How, TrainConfig, TrainResult, loop, train
 from tetdeploy.train.restart import check_restart, find_restart, has_shards
 from tetdeploy.train.runs import run_settings

@@ -977,7 +977,7 @@ def test_the_threads_are_announced(
         announce("127.0.0.1:1", "127.0.0.1:2")
 
     monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
-    monkeypatch.setattr("tetdeploy.machine.default_threads", lambda: left)
+    monkeypatch.setattr("tetdeploy.system.machine.default_threads", lambda: left)
     options = [] if asked is None else ["--threads", asked]
     assert said in CliRunner().invoke(main, ["serve", str(exported("step")), *options]).output
 

@@ -20,10 +20,10 @@ from export_helpers import digits, exported, frames
 from tetdeploy.agreement import load_reference, reference_path
 from tetdeploy.early_exit import exit_path
 from tetdeploy.engine import Array, Engine
-from tetdeploy.files import sha256_of
 from tetdeploy.serve.models import _NUM_MEASURED, Bounds, ServedModel, step_energy_pj
 from tetdeploy.serve.scheduler import CallFailedError, Limits
 from tetdeploy.serve.sequences import UnknownSequenceError
+from tetdeploy.storage.files import sha256_of
 from tetdeploy.streams import StreamPool
 from tetdeploy.sweep import sweep
 

@@ -35,7 +35,7 @@ from tetdeploy.serve.protocol import Models
 from tetdeploy.serve.rpc import Inferences, grpc_server
 from tetdeploy.serve.scheduler import Limits
 from tetdeploy.serve.server import KEEP_ALIVE_SECONDS, Address
-from tetdeploy.signals import handled
+from tetdeploy.system.signals import handled
 
 
 def reached(family: int, address: str, port: int) -> bool:

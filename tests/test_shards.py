@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tetdeploy.shards import INDEX_NAME, holds_shards, read_shards, read_shards_content, write_shards
+from tetdeploy.storage.shards import INDEX_NAME, holds_shards, read_shards, read_shards_content, write_shards
 
 CONTENT = {"format": 1, "said": 'with "quotes"'}
 
@@ -130,7 +130,7 @@ def test_an_index_of_other_tensors_than_its_shards_have_is_refused(folder: Path,
 def test_content_is_read_without_torch(folder: Path) -> None:
     assert holds_shards(folder) and not holds_shards(folder.parent)
     code = (
-        "import sys; from pathlib import Path; from tetdeploy import shards;"
+        "import sys; from pathlib import Path; from tetdeploy.storage import shards;"
         "print(shards.read_shards_content(Path(sys.argv[1]))['format']);"
         "assert not {'torch', 'safetensors'} & set(sys.modules)"
     )

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tetdeploy.signals import deferred_interrupt, handled, terminations
+from tetdeploy.system.signals import deferred_interrupt, handled, terminations
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 

@@ -23,12 +23,12 @@ from torch import Generator, Tensor, nn
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.data import Framing, ImageSet, load_data, split_validation
-from tetdeploy.extras import MissingExtraError
-from tetdeploy.files import sha256_of, write_json
 from tetdeploy.names import section
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.steps import MAX_T
-from tetdeploy.tensor_file import read_content, write_tensors
+from tetdeploy.storage.files import sha256_of, write_json
+from tetdeploy.storage.tensor_file import read_content, write_tensors
+from tetdeploy.system.extras import MissingExtraError
 from tetdeploy.train import (
     How,
     TrainConfig,

@@ -32,11 +32,11 @@ from tetdeploy.early_exit.threshold import run_answers
 from tetdeploy.energy import CONVENTIONS, layers_of, other_ops_pj
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants, energy_constants
-from tetdeploy.provenance import images_sha256
 from tetdeploy.report.numbers import count, energy
 from tetdeploy.report.sweep_plot import plot_sweep
 from tetdeploy.report.tables import BILLS, layers_table, other_ops_table, sweep_table
 from tetdeploy.steps import parse_steps
+from tetdeploy.storage.provenance import images_sha256
 from tetdeploy.sweep import Row, Sweep, Tally, check_images, check_logits, sweep
 
 

@@ -34,10 +34,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import tetdeploy
 from tetdeploy.checkpoint import load_weights, read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
-from tetdeploy.form import json_text
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import newest_run
-from tetdeploy.tensor_file import read_content
+from tetdeploy.storage.form import json_text
+from tetdeploy.storage.run_folder import newest_run
+from tetdeploy.storage.tensor_file import read_content
 from tetdeploy.train import How, TrainConfig, TrainResult, evaluate, loop, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, cutout, random_crop, random_flip
 from tetdeploy.train.device import pick_device
@@ -329,7 +329,7 @@ def test_the_checkpoint_is_the_epoch_with_the_best_validation(tmp_path: Path) ->
 
 def test_the_line_of_an_epoch_is_made_once_however_many_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Mock(wraps=json_text)
-    monkeypatch.setattr("tetdeploy.metrics.json_text", made)
+    monkeypatch.setattr("tetdeploy.storage.metrics.json_text", made)
     run(tmp_path, config=settings(epochs=6))
     assert made.call_count == len(metrics(tmp_path)) == 6
 
@@ -1004,7 +1004,7 @@ def test_a_full_disk_leaves_the_finished_epochs(tmp_path: Path, monkeypatch: pyt
         replace(source, target)
 
     replace = os.replace
-    monkeypatch.setattr("tetdeploy.files.os.replace", full)
+    monkeypatch.setattr("tetdeploy.storage.files.os.replace", full)
     with pytest.raises(
         OSError, match=r"No space left on device; what .* as it was: go on with --resume --model tests:toy"
     ):

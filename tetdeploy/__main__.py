@@ -27,7 +27,7 @@ def main() -> None:
 
 def _settle_openmp(environment: MutableMapping[str, str]) -> None:
     """What OpenMP reads when it is loaded, where the user leaves it open."""
-    from tetdeploy.machine import default_threads
+    from tetdeploy.system.machine import default_threads
 
     if not environment.get("OMP_NUM_THREADS") and (threads := default_threads()) is not None:
         environment["OMP_NUM_THREADS"] = str(threads)  # which PyTorch and BLAS would not find out

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
-from tetdeploy.extras import import_extra
-from tetdeploy.machine import cpu_model, load_average, read_cpuinfo, usable_cores
-from tetdeploy.provenance import engine_provenance
 from tetdeploy.runtimes.nvidia import gpu_name
 from tetdeploy.runtimes.sessions import MOST_THREADS, PROVIDERS, RUNTIMES, check_runtime
+from tetdeploy.storage.provenance import engine_provenance
+from tetdeploy.system.extras import import_extra
+from tetdeploy.system.machine import cpu_model, load_average, read_cpuinfo, usable_cores
 
 CALLS_PER_TURN = 5
 MAX_SIZE = 2**31 - 1  # images, steps: beyond it numpy and runtimes fail without saying of what

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdeploy.arguments import check_flag
-from tetdeploy.extras import import_extra
-from tetdeploy.form import COUNT, NUMBER, STEP, check_form
 from tetdeploy.names import section
-from tetdeploy.provenance import ORIGIN
-from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file, weights_sha256
-from tetdeploy.shards import read_shards, read_shards_content
-from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
+from tetdeploy.storage.form import COUNT, NUMBER, STEP, check_form
+from tetdeploy.storage.provenance import ORIGIN
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME, weights_file, weights_sha256
+from tetdeploy.storage.shards import read_shards, read_shards_content
+from tetdeploy.storage.tensor_file import FORMAT, read_content, read_tensors, write_tensors
+from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import shorten
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from tetdeploy.arguments import check_count, check_flag, check_path, check_unmas
 from tetdeploy.early_exit import Exit
 from tetdeploy.energy import layers_of
 from tetdeploy.engine_stream import Stream
-from tetdeploy.model_file import check_outputs
 from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
 from tetdeploy.steps import MAX_T
+from tetdeploy.storage.model_file import check_outputs
 from tetdeploy.wording import first_line
 
 Array = NDArray[Any]

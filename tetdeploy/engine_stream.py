@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tetdeploy.arguments import check_count, check_unmasked
-from tetdeploy.model_file import state_outputs
+from tetdeploy.storage.model_file import state_outputs
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Array, Engine

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from tetdeploy.arguments import check_count
 from tetdeploy.checkpoint import check_keys, save_checkpoint
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
-from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.provenance import written
-from tetdeploy.run_folder import CHECKPOINT_NAME
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.provenance import written
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME
 from tetdeploy.wording import shorten
 
 _COUNT = "num_batches_tracked"

@@ -12,15 +12,15 @@ from typing import Any
 
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.energy import Layer, input_kind, layers_of
-from tetdeploy.extras import import_extra
-from tetdeploy.files import is_utf8
-from tetdeploy.form import NUMBER, check_form
-from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
 from tetdeploy.names import section
-from tetdeploy.run_folder import weights_file, weights_sha256
 from tetdeploy.runtimes.manifest import manifest_path
-from tetdeploy.shards import shard_files
-from tetdeploy.tensor_file import read_content, read_header
+from tetdeploy.storage.files import is_utf8
+from tetdeploy.storage.form import NUMBER, check_form
+from tetdeploy.storage.model_file import METADATA_KEY, parse_metadata, session_metadata
+from tetdeploy.storage.run_folder import weights_file, weights_sha256
+from tetdeploy.storage.shards import shard_files
+from tetdeploy.storage.tensor_file import read_content, read_header
+from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import first_line
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}

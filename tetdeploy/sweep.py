@@ -16,7 +16,7 @@ from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, othe
 from tetdeploy.engine import Engine
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
-from tetdeploy.provenance import engine_provenance, images_provenance
+from tetdeploy.storage.provenance import engine_provenance, images_provenance
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from tetdeploy.extras import import_extra
+from tetdeploy.system.extras import import_extra
 
 from .device import without_waiting
 

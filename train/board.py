@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.extras import import_extra
-from tetdeploy.files import is_utf8
+from tetdeploy.storage.files import is_utf8
+from tetdeploy.system.extras import import_extra
 
 FOLDER = "tensorboard"
 Board = Callable[[dict[str, Any]], None]  # takes a line of metrics.jsonl

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tetdeploy import kernels
-from tetdeploy.machine import emulates, read_cpuinfo
 from tetdeploy.networks import NetworkConfig
+from tetdeploy.system.machine import emulates, read_cpuinfo
 
 from .ranks import current_ranks
 

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tetdeploy.data.image_files import as_pixels, read_crop, read_image, refuse_unreadable
-from tetdeploy.extras import import_extra
-from tetdeploy.machine import usable_cores
+from tetdeploy.system.extras import import_extra
+from tetdeploy.system.machine import usable_cores
 
 from .schedule import derive_seed
 

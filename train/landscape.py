@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tetdeploy.checkpoint import data_settings
-from tetdeploy.files import read_npz, write_npz
-from tetdeploy.form import as_json, parse_json
 from tetdeploy.networks import Classifier
+from tetdeploy.storage.files import read_npz, write_npz
+from tetdeploy.storage.form import as_json, parse_json
 from tetdeploy.sweep import check_class_numbers
 
 from .config import PRECISIONS

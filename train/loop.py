@@ -24,12 +24,12 @@ from torch import Tensor
 from tetdeploy.arguments import check_flag, check_type
 from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.data import LabelledSet
-from tetdeploy.files import lacks_temporary_folder
-from tetdeploy.memory import reused_memory
-from tetdeploy.metrics import metrics_line, read_metrics, write_metrics
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_network, warn_of_other_code
-from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME, without_latest
-from tetdeploy.signals import deferred_interrupt
+from tetdeploy.storage.files import lacks_temporary_folder
+from tetdeploy.storage.metrics import metrics_line, read_metrics, write_metrics
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME, without_latest
+from tetdeploy.system.memory import reused_memory
+from tetdeploy.system.signals import deferred_interrupt
 from tetdeploy.wording import shorten
 
 from .averaging import kept_classifier, lagging_bn, update_average

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich import progress as rich_progress
 
-from tetdeploy.standard_output import StandardOutput
+from tetdeploy.system.standard_output import StandardOutput
 
 from .config import TrainConfig
 

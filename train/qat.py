@@ -18,7 +18,7 @@ from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
 from tetdeploy.networks import Classifier, run_network
-from tetdeploy.run_folder import CONFIG_NAME
+from tetdeploy.storage.run_folder import CONFIG_NAME
 from tetdeploy.tracing import Tracer
 
 from .runs import read_run_config

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tetdeploy.signals import handled, terminations
+from tetdeploy.system.signals import handled, terminations
 
 V = TypeVar("V")
 

@@ -20,11 +20,18 @@ from typing import Any
 from torch import Tensor
 
 from tetdeploy.checkpoint import check_keys, read_checkpoint, read_metadata, refuse_one_shard
-from tetdeploy.metrics import metrics_line, read_metrics, write_metrics
 from tetdeploy.names import section
-from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SHARDS_NAME, checkpoint_file, newest_shards
-from tetdeploy.shards import check_limit, is_complete, read_shards, write_shards
-from tetdeploy.tensor_file import FORMAT
+from tetdeploy.storage.metrics import metrics_line, read_metrics, write_metrics
+from tetdeploy.storage.run_folder import (
+    CHECKPOINT_NAME,
+    CONFIG_NAME,
+    METRICS_NAME,
+    SHARDS_NAME,
+    checkpoint_file,
+    newest_shards,
+)
+from tetdeploy.storage.shards import check_limit, is_complete, read_shards, write_shards
+from tetdeploy.storage.tensor_file import FORMAT
 
 from .optimizer import trainable
 from .runs import read_run_config, run_differences

@@ -17,11 +17,11 @@ from filelock import FileLock, Timeout
 
 from tetdeploy.checkpoint import Checkpoint, data_settings
 from tetdeploy.data import LabelledSet, remedy_of_others
-from tetdeploy.files import made_folder, write_json
-from tetdeploy.form import COUNT, NUMBER, as_json, check_form, parse_json
 from tetdeploy.networks import Classifier
-from tetdeploy.provenance import ORIGIN, PARENT
-from tetdeploy.run_folder import (
+from tetdeploy.storage.files import made_folder, write_json
+from tetdeploy.storage.form import COUNT, NUMBER, as_json, check_form, parse_json
+from tetdeploy.storage.provenance import ORIGIN, PARENT
+from tetdeploy.storage.run_folder import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
     LATEST_NAME,

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tetdeploy.arguments import check_flag, check_type
 from tetdeploy.data import LabelledSet
-from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, check_classifier
-from tetdeploy.run_folder import SUMMARY_NAME, without_latest
-from tetdeploy.standard_output import StandardOutput
+from tetdeploy.storage.files import write_json
+from tetdeploy.storage.run_folder import SUMMARY_NAME, without_latest
+from tetdeploy.system.standard_output import StandardOutput
 
 from .config import How, TrainConfig
 from .loop import TrainResult, train

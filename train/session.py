@@ -16,7 +16,7 @@ from tetdeploy.data import ImageFiles, LabelledSet, is_known
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
 from tetdeploy.networks import Classifier
-from tetdeploy.provenance import written
+from tetdeploy.storage.provenance import written
 from tetdeploy.traced_network import Runnable
 from tetdeploy.wording import counted
 

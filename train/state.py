@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tetdeploy.checkpoint import check_keys
-from tetdeploy.form import COUNT, LOOSE_NUMBER, NUMBER, STEP, check_form
 from tetdeploy.names import section
-from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
+from tetdeploy.storage.form import COUNT, LOOSE_NUMBER, NUMBER, STEP, check_form
+from tetdeploy.storage.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 
 from .optimizer import load_optimizer_tensors, optimizer_tensors, trainable
 

@@ -44,7 +44,7 @@ from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, STEPS, Numbers, data_dir_option, json_option
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.export import LAYOUTS, ExportConfig, export_model
-from tetdeploy.files import write_json
+from tetdeploy.storage.files import write_json
 from tetdeploy.train.device import device_name, pick_device
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -40,9 +40,9 @@ from tetdeploy import Engine, native
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, STEPS, Numbers, data_dir_option, json_option
 from tetdeploy.export import ExportConfig, export_model
-from tetdeploy.files import write_json
-from tetdeploy.machine import usable_cores
 from tetdeploy.networks import Classifier
+from tetdeploy.storage.files import write_json
+from tetdeploy.system.machine import usable_cores
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import reset, with_spikingjelly

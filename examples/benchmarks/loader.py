@@ -31,9 +31,9 @@ from rich.table import Table
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option
 from tetdeploy.data import ImageFiles, ImageSet, LabelledSet, load_data
-from tetdeploy.files import write_json
-from tetdeploy.memory import reused_memory
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.storage.files import write_json
+from tetdeploy.system.memory import reused_memory
 from tetdeploy.train import TrainConfig
 from tetdeploy.train.device import (
     autocast,

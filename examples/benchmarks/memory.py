@@ -36,7 +36,7 @@ from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option, torch_device_option
-from tetdeploy.files import write_json
+from tetdeploy.storage.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import AT_LEAST_1, json_option
-from tetdeploy.files import write_json
 from tetdeploy.neurons import LIF
+from tetdeploy.storage.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import LoopLIF, reset, spikingjelly_neuron

@@ -44,7 +44,7 @@ from tetdeploy import Engine
 from tetdeploy.agreement import load_reference
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, data_dir_option, json_option
-from tetdeploy.files import write_json
+from tetdeploy.storage.files import write_json
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
 console = Console(highlight=False, width=120)

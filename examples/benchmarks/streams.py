@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from tetdeploy import Engine
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option
-from tetdeploy.files import write_json
+from tetdeploy.storage.files import write_json
 from tetdeploy.streams import StreamPool
 
 Array = Any

@@ -51,10 +51,10 @@ from torch import Tensor, nn
 
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, STEPS, json_option
-from tetdeploy.files import write_json
-from tetdeploy.memory import reused_memory
 from tetdeploy.networks import NetworkConfig, ann_twin, build_network
 from tetdeploy.neurons import LIF
+from tetdeploy.storage.files import write_json
+from tetdeploy.system.memory import reused_memory
 from tetdeploy.train import TrainConfig, total_loss
 from tetdeploy.train.cuda_graphs import StepGraphs, check_graphs
 from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision, place

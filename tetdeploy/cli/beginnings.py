@@ -13,7 +13,7 @@ import click
 from tetdeploy.cli.recipe import is_given, is_typed
 from tetdeploy.cli.terminal import console
 from tetdeploy.names import is_own_model
-from tetdeploy.run_folder import latest_run, seeds_folder, without_latest
+from tetdeploy.storage.run_folder import latest_run, seeds_folder, without_latest
 
 if TYPE_CHECKING:
     from tetdeploy.checkpoint import Checkpoint

@@ -21,8 +21,8 @@ from tetdeploy.cli.options import (
     steps_option,
 )
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
-from tetdeploy.files import write_json
-from tetdeploy.run_folder import CONFIG_NAME
+from tetdeploy.storage.files import write_json
+from tetdeploy.storage.run_folder import CONFIG_NAME
 from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def bench(
     is there. Needs no torch.
     """
     from tetdeploy.bench import Bench
-    from tetdeploy.machine import usable_cores
+    from tetdeploy.system.machine import usable_cores
 
     if repeats is not None and seconds is not None:
         raise click.UsageError("--repeats and --seconds exclude each other")

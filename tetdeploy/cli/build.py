@@ -11,9 +11,9 @@ import click
 from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.options import AT_LEAST_1, check_distinct, json_option, runs_option
 from tetdeploy.cli.terminal import console, progress_bar
-from tetdeploy.extras import import_extra
-from tetdeploy.files import write_json
-from tetdeploy.run_folder import newest_export
+from tetdeploy.storage.files import write_json
+from tetdeploy.storage.run_folder import newest_export
+from tetdeploy.system.extras import import_extra
 
 if TYPE_CHECKING:
     from tetdeploy.export.tensorrt import Built

@@ -20,7 +20,7 @@ from tetdeploy.cli.options import (
     opens_model,
 )
 from tetdeploy.cli.terminal import console, image_bar, say_next
-from tetdeploy.files import check_writable, write_json
+from tetdeploy.storage.files import check_writable, write_json
 
 
 @click.command(

@@ -10,10 +10,10 @@ import click
 from tetdeploy.cli.inputs import note_unfit_threshold
 from tetdeploy.cli.options import check_distinct
 from tetdeploy.cli.terminal import console
-from tetdeploy.extras import import_extra
-from tetdeploy.files import check_writable, write_json
-from tetdeploy.model_file import read_model
-from tetdeploy.run_folder import newest_run, weights_file
+from tetdeploy.storage.files import check_writable, write_json
+from tetdeploy.storage.model_file import read_model
+from tetdeploy.storage.run_folder import newest_run, weights_file
+from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import quoted
 
 FORMATS = ("triton-repository", "kserve")

@@ -20,7 +20,7 @@ from tetdeploy.cli.options import (
     test_data_option,
 )
 from tetdeploy.cli.terminal import command_line, console, image_bar, say_next
-from tetdeploy.files import write_json
+from tetdeploy.storage.files import write_json
 
 
 @click.command(

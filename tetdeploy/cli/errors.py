@@ -20,10 +20,10 @@ from typing import Any
 import click
 
 from tetdeploy.cli.characters import replace_lacking_characters
-from tetdeploy.extras import MissingExtraError
-from tetdeploy.files import lacks_temporary_folder
-from tetdeploy.provenance import version
-from tetdeploy.signals import handled, terminations
+from tetdeploy.storage.files import lacks_temporary_folder
+from tetdeploy.storage.provenance import version
+from tetdeploy.system.extras import MissingExtraError
+from tetdeploy.system.signals import handled, terminations
 from tetdeploy.wording import visible
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU

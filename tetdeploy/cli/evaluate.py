@@ -28,10 +28,10 @@ from tetdeploy.cli.options import (
     torch_precision_option,
 )
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
-from tetdeploy.extras import import_extra
-from tetdeploy.files import write_json, write_npz
-from tetdeploy.run_folder import CHECKPOINT_NAME, newest_run, seed_runs
 from tetdeploy.steps import trained_T
+from tetdeploy.storage.files import write_json, write_npz
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME, newest_run, seed_runs
+from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import first_line
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ def evaluate(
     torch = import_extra("torch", "train")
     from tetdeploy.checkpoint import read_checkpoint, trained_on
     from tetdeploy.data import is_own_file
-    from tetdeploy.provenance import written
     from tetdeploy.report.reading import read_run
     from tetdeploy.report.seeds import summary_of
+    from tetdeploy.storage.provenance import written
     from tetdeploy.train.device import device_name, forward_batch, pick_device, pick_precision
 
     checkpoints = checkpoints or (newest_run(runs),)
@@ -247,7 +247,7 @@ def _measure(
         ValueError: the images do not fit, or the network's own code fails beyond the T that it was trained with, and at
             that T it does not.
     """
-    from tetdeploy.memory import reused_memory
+    from tetdeploy.system.memory import reused_memory
     from tetdeploy.train.device import place, tuned_convolutions, wants_channels_last
     from tetdeploy.train.session import check_data
     from tetdeploy.train.validation import classes_by_step

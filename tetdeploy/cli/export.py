@@ -17,9 +17,9 @@ from tetdeploy.cli.inputs import load_classifier, note_unfit_threshold
 from tetdeploy.cli.options import STEPS, PlaceToWrite, data_dir_option, json_option, own_network_option, runs_option
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
-from tetdeploy.extras import import_extra
-from tetdeploy.files import check_writable, write_json
-from tetdeploy.run_folder import newest_run
+from tetdeploy.storage.files import check_writable, write_json
+from tetdeploy.storage.run_folder import newest_run
+from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import counted, shorten
 
 if TYPE_CHECKING:

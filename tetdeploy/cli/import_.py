@@ -10,8 +10,8 @@ import click
 from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.options import STEPS, PlaceToWrite, json_option
 from tetdeploy.cli.terminal import console, say_next
-from tetdeploy.extras import import_extra
-from tetdeploy.files import check_writable, write_json
+from tetdeploy.storage.files import check_writable, write_json
+from tetdeploy.system.extras import import_extra
 
 
 @click.command(

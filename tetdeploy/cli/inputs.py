@@ -11,8 +11,8 @@ import click
 from tetdeploy.class_names import check_classes
 from tetdeploy.cli.terminal import command_line, console
 from tetdeploy.names import is_npz, is_own_model
-from tetdeploy.provenance import own_data, said_of_data
-from tetdeploy.run_folder import other_checkpoint
+from tetdeploy.storage.provenance import own_data, said_of_data
+from tetdeploy.storage.run_folder import other_checkpoint
 
 if TYPE_CHECKING:
     from tetdeploy.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ import click
 
 from tetdeploy.cli.options import json_option
 from tetdeploy.cli.terminal import console
-from tetdeploy.files import write_json
+from tetdeploy.storage.files import write_json
 
 
 @click.command(

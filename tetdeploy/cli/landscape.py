@@ -29,12 +29,12 @@ from tetdeploy.cli.options import (
     torch_precision_option,
 )
 from tetdeploy.cli.terminal import console, progress_bar
-from tetdeploy.extras import import_extra
-from tetdeploy.files import check_writable, write_json
 from tetdeploy.names import is_npz
-from tetdeploy.run_folder import SHARDS_NAME, newest_run
-from tetdeploy.signals import deferred_interrupt
 from tetdeploy.steps import trained_T
+from tetdeploy.storage.files import check_writable, write_json
+from tetdeploy.storage.run_folder import SHARDS_NAME, newest_run
+from tetdeploy.system.extras import import_extra
+from tetdeploy.system.signals import deferred_interrupt
 
 if TYPE_CHECKING:
     from tetdeploy.checkpoint import Checkpoint

@@ -13,9 +13,9 @@ from zipfile import BadZipFile, ZipFile
 
 import click
 
-from tetdeploy.files import MODELS, check_writable
-from tetdeploy.run_folder import newest_export
 from tetdeploy.steps import MAX_T, parse_steps
+from tetdeploy.storage.files import MODELS, check_writable
+from tetdeploy.storage.run_folder import newest_export
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine

@@ -8,9 +8,9 @@ import click
 
 from tetdeploy.cli.options import check_distinct, checked_output, runs_option
 from tetdeploy.cli.terminal import console, print_notes
-from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write, check_writable
-from tetdeploy.run_folder import newest_run
+from tetdeploy.storage.files import atomic_write, check_writable
+from tetdeploy.storage.run_folder import newest_run
+from tetdeploy.system.extras import import_extra
 
 
 @click.command(

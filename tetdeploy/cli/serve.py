@@ -14,8 +14,8 @@ import click
 
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, FiniteRange, device_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
-from tetdeploy.extras import import_extra
-from tetdeploy.files import is_utf8
+from tetdeploy.storage.files import is_utf8
+from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import counted
 
 
@@ -126,7 +126,7 @@ def serve(
     could not be answered in time. Needs no torch.
     """
     from tetdeploy.engine import open_engine
-    from tetdeploy.machine import default_threads
+    from tetdeploy.system.machine import default_threads
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     paths = _by_name(models)

@@ -25,9 +25,9 @@ from tetdeploy.cli.options import (
     test_data_option,
 )
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
-from tetdeploy.extras import MissingExtraError, import_extra
-from tetdeploy.files import check_writable, write_json
-from tetdeploy.run_folder import CONFIG_NAME
+from tetdeploy.storage.files import check_writable, write_json
+from tetdeploy.storage.run_folder import CONFIG_NAME
+from tetdeploy.system.extras import MissingExtraError, import_extra
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine

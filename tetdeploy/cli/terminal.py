@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tetdeploy.report.numbers import three_digits
-from tetdeploy.standard_output import StandardOutput, VisibleConsole
+from tetdeploy.system.standard_output import StandardOutput, VisibleConsole
 from tetdeploy.wording import quoted
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.

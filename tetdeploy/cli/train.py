@@ -34,10 +34,10 @@ from tetdeploy.cli.options import (
 )
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
-from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write, write_json
 from tetdeploy.names import is_own_model
-from tetdeploy.run_folder import CONFIG_NAME, LATEST_NAME, METRICS_NAME, SUMMARY_NAME
+from tetdeploy.storage.files import atomic_write, write_json
+from tetdeploy.storage.run_folder import CONFIG_NAME, LATEST_NAME, METRICS_NAME, SUMMARY_NAME
+from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import counted
 
 if TYPE_CHECKING:

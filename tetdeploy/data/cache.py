@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tetdeploy.files import cache_folder, opened_npz, write_npz
+from tetdeploy.storage.files import cache_folder, opened_npz, write_npz
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from tetdeploy.extras import import_extra
+from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import shorten
 
 from .cache import Arrays, Cache

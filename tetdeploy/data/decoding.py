@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.extras import import_extra
-from tetdeploy.machine import usable_cores
+from tetdeploy.system.extras import import_extra
+from tetdeploy.system.machine import usable_cores
 from tetdeploy.wording import shorten
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -146,7 +146,7 @@ def _progress(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of images done; a bar appears when it takes more than a second."""
     from rich.progress import Progress, TextColumn
 
-    from tetdeploy.standard_output import VisibleConsole
+    from tetdeploy.system.standard_output import VisibleConsole
 
     console = VisibleConsole(stderr=True)
     name = TextColumn("{task.description}", markup=False)

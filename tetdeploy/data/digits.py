@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.extras import import_extra
+from tetdeploy.system.extras import import_extra
 
 from .images import ImageSet, stratified
 from .labelled import Split

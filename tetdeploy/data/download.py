@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tetdeploy.extras import MissingExtraError, import_extra
+from tetdeploy.system.extras import MissingExtraError, import_extra
 from tetdeploy.wording import in_one_line
 
 _STALL_SECONDS = 30.0

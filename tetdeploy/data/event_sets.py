@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.extras import import_extra
+from tetdeploy.system.extras import import_extra
 
 from .cache import Arrays, Cache
 from .cifar import CIFAR10

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.extras import MissingExtraError, import_extra
-from tetdeploy.files import opened_npz
+from tetdeploy.storage.files import opened_npz
+from tetdeploy.system.extras import MissingExtraError, import_extra
 from tetdeploy.wording import in_one_line, shorten
 
 from .decoding import in_threads, refuse_failed

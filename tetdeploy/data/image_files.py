@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.extras import import_extra
+from tetdeploy.system.extras import import_extra
 
 from .decoding import in_threads, open_image, refuse_failed
 from .labelled import Encoding, LabelledSet, Split

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.provenance import images_sha256
+from tetdeploy.storage.provenance import images_sha256
 
 from .events import Framing
 

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.arguments import check_count, check_number, check_path
-from tetdeploy.files import sha256_of
-from tetdeploy.form import FRACTION, STEP, check_form, parse_json
-from tetdeploy.model_file import refuse_folder
 from tetdeploy.runtimes.manifest import read_manifest
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.form import FRACTION, STEP, check_form, parse_json
+from tetdeploy.storage.model_file import refuse_folder
 from tetdeploy.wording import quoted
 
 Criterion = Literal["confidence", "margin"]

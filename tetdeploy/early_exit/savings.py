@@ -21,9 +21,9 @@ from tetdeploy.early_exit import Exit
 from tetdeploy.early_exit.threshold import Paired
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
-from tetdeploy.machine import load_average
-from tetdeploy.provenance import engine_provenance, images_provenance
+from tetdeploy.storage.provenance import engine_provenance, images_provenance
 from tetdeploy.sweep import Tally, check_images
+from tetdeploy.system.machine import load_average
 
 Array = NDArray[Any]
 

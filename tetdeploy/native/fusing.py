@@ -10,7 +10,6 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from tetdeploy import native
-from tetdeploy.files import temporary_folder
 from tetdeploy.native.graphs import Kind, name_apart, without_weights
 from tetdeploy.native.int8_convolutions import best_way, put_int8_convolutions
 from tetdeploy.native.layout import turn_bytes
@@ -19,6 +18,7 @@ from tetdeploy.native.regions import fuse
 from tetdeploy.native.scans import take_out_scans
 from tetdeploy.native.spike_convolutions import compared, mark_spike_convolutions, put_spike_convolutions
 from tetdeploy.native.whole_numbers import WholeNumbers
+from tetdeploy.storage.files import temporary_folder
 
 _ELEMENT_TYPES = {
     "float": TensorProto.FLOAT,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tetdeploy.arguments import check_count, check_flags, check_number
-from tetdeploy.files import sha256_of
 from tetdeploy.networks.classifier import Classifier, check_classifier
 from tetdeploy.networks.convsnn import ConvSNN
 from tetdeploy.networks.resnet19 import ResNet19
@@ -28,6 +27,7 @@ from tetdeploy.networks.sew_resnet34 import SEWResNet34
 from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
 from tetdeploy.networks.twins import ann_twin, smooth_twin
 from tetdeploy.networks.vggsnn import VGGSNN
+from tetdeploy.storage.files import sha256_of
 
 __all__ = [
     "NETWORKS",

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write
 from tetdeploy.report.document import Plot
+from tetdeploy.storage.files import atomic_write
+from tetdeploy.system.extras import import_extra
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; without its yellow, which is lost on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -1,8 +1,8 @@
-"""What the files of a report must look like, see `tetdeploy.form`."""
+"""What the files of a report must look like, see `tetdeploy.storage.form`."""
 
 from __future__ import annotations
 
-from tetdeploy.form import AMOUNT, COUNT, FRACTION, NUMBER, STEP
+from tetdeploy.storage.form import AMOUNT, COUNT, FRACTION, NUMBER, STEP
 
 _ROW = {
     "T!": STEP,

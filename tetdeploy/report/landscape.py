@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from tetdeploy.extras import import_extra
 from tetdeploy.report.drawing import any_letters, drawable, save_plot
 from tetdeploy.report.result_table import ResultTable
+from tetdeploy.system.extras import import_extra
 
 if TYPE_CHECKING:
     from tetdeploy.train.landscape import Landscape

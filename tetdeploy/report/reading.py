@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.files import MODELS
-from tetdeploy.form import check_form, parse_json
-from tetdeploy.metrics import read_metrics
 from tetdeploy.report.forms import RESULT, RUN, SUMMARY
-from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME
+from tetdeploy.storage.files import MODELS
+from tetdeploy.storage.form import check_form, parse_json
+from tetdeploy.storage.metrics import read_metrics
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME
 
 # What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json.
 KINDS = ("early-exit", "sweep", "validate")

@@ -22,7 +22,7 @@ from tetdeploy.report.seeds import finished_seeds, summary_of
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
-from tetdeploy.run_folder import seed_runs
+from tetdeploy.storage.run_folder import seed_runs
 from tetdeploy.wording import counted, quoted
 
 

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tetdeploy.report.reading import Run, json_object, read_summary
-from tetdeploy.run_folder import CONFIG_NAME
+from tetdeploy.storage.run_folder import CONFIG_NAME
 
 
 def summary_of(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:

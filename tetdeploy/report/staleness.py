@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from tetdeploy.files import sha256_of
 from tetdeploy.report.merging import has_accuracy
 from tetdeploy.report.reading import json_object
-from tetdeploy.run_folder import CHECKPOINT_NAME, other_checkpoint
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME, other_checkpoint
 from tetdeploy.wording import quoted
 
 

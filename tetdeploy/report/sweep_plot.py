@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tetdeploy.extras import import_extra
 from tetdeploy.report.drawing import Style, drawable, end_at, save_plot, whole_numbers, wide_enough
 from tetdeploy.sweep import Sweep
+from tetdeploy.system.extras import import_extra
 
 
 def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:

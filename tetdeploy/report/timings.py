@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.form import check_form
 from tetdeploy.report.forms import BENCH
 from tetdeploy.report.reading import WANTED, json_object, readable
 from tetdeploy.report.staleness import stale
+from tetdeploy.storage.form import check_form
 
 _SUFFIX = ".bench.json"
 

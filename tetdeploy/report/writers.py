@@ -8,8 +8,8 @@ from importlib import resources
 from itertools import count
 
 from tetdeploy import __version__
-from tetdeploy.extras import import_extra
 from tetdeploy.report.document import Block, Cards, Document, Plot, Row, Section, Table
+from tetdeploy.system.extras import import_extra
 
 
 def to_html(document: Document) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.form import parse_json
-from tetdeploy.model_file import check_metadata
 from tetdeploy.runtimes.nvidia import MODULES
+from tetdeploy.storage.form import parse_json
+from tetdeploy.storage.model_file import check_metadata
 
 AGAIN = "build it again: tetdeploy build MODEL.onnx"
 _NEEDED = {"package", "version", "gpu_architectures", "graph", "engine_sha256", "batch", "T", "metadata"}

@@ -11,7 +11,7 @@ import re
 from importlib.util import find_spec
 from typing import Any
 
-from tetdeploy.extras import MissingExtraError, import_extra
+from tetdeploy.system.extras import MissingExtraError, import_extra
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.files import cache_folder
+from tetdeploy.storage.files import cache_folder
 
 Array = NDArray[Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.extras import import_extra
+from tetdeploy.system.extras import import_extra
 
 Array = NDArray[Any]
 # What makes an average behind it one of float32, or of spikes; and shapes, which are no currents.

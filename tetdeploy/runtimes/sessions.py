@@ -16,14 +16,14 @@ from typing import Any
 
 from tetdeploy import native
 from tetdeploy.arguments import check_whole
-from tetdeploy.extras import import_extra
-from tetdeploy.machine import default_threads
-from tetdeploy.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata, state_outputs
 from tetdeploy.runtimes.cuda_graphs import PROVIDER_OPTIONS as GRAPH_OPTIONS
 from tetdeploy.runtimes.cuda_graphs import GraphSession, why_not
 from tetdeploy.runtimes.native_session import NativeSession
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.runtimes.openvino_session import OpenVINOSession
+from tetdeploy.storage.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata, state_outputs
+from tetdeploy.system.extras import import_extra
+from tetdeploy.system.machine import default_threads
 from tetdeploy.wording import first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}

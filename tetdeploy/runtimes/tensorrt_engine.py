@@ -17,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Array, Engine, Result
-from tetdeploy.extras import import_extra
-from tetdeploy.model_file import state_outputs
 from tetdeploy.runtimes.manifest import AGAIN, manifest_path, read_manifest
 from tetdeploy.runtimes.nvidia import (
     NVIDIA_INDEX,
@@ -28,6 +26,8 @@ from tetdeploy.runtimes.nvidia import (
     import_tensorrt,
     why_not_rtx,
 )
+from tetdeploy.storage.model_file import state_outputs
+from tetdeploy.system.extras import import_extra
 
 
 class TensorRTEngine(Engine):

@@ -29,7 +29,7 @@ from tetdeploy.serve.protocol import Models, OpenInferenceModel
 from tetdeploy.serve.rest import application
 from tetdeploy.serve.rpc import Inferences, grpc_server
 from tetdeploy.serve.scheduler import GRACE_SECONDS, Limits
-from tetdeploy.signals import handled, terminations
+from tetdeploy.system.signals import handled, terminations
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 75  # longer than proxies keep a connection idle, or they may ask at the moment it is closed

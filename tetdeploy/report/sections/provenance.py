@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tetdeploy.files import sha256_of
 from tetdeploy.report.document import Section, Table
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Measurement, Results
 from tetdeploy.report.tables import versions
-from tetdeploy.run_folder import CHECKPOINT_NAME
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME
 
 
 def provenance(results: Results) -> Section:

@@ -8,9 +8,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.files import atomic_write, read_json_lines
-from tetdeploy.form import FRACTION, LOOSE_NUMBER, STEP, check_form, json_text
-from tetdeploy.run_folder import METRICS_NAME
+from tetdeploy.storage.files import atomic_write, read_json_lines
+from tetdeploy.storage.form import FRACTION, LOOSE_NUMBER, STEP, check_form, json_text
+from tetdeploy.storage.run_folder import METRICS_NAME
 
 _EPOCH = {
     "epoch!": STEP,

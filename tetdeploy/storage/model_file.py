@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.energy import layers_of
-from tetdeploy.form import COUNT, NUMBER, STEP, check_form, parse_json
-from tetdeploy.provenance import ORIGIN
+from tetdeploy.storage.form import COUNT, NUMBER, STEP, check_form, parse_json
+from tetdeploy.storage.provenance import ORIGIN
 from tetdeploy.wording import quoted
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well

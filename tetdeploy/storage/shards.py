@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdeploy.files import atomic_folder, sha256_of, write_json
-from tetdeploy.form import parse_json
-from tetdeploy.model_file import METADATA_KEY
-from tetdeploy.tensor_file import read_content, read_tensors, write_tensors
+from tetdeploy.storage.files import atomic_folder, sha256_of, write_json
+from tetdeploy.storage.form import parse_json
+from tetdeploy.storage.model_file import METADATA_KEY
+from tetdeploy.storage.tensor_file import read_content, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.form import json_text, parse_json
+from tetdeploy.storage.form import json_text, parse_json
 
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
 

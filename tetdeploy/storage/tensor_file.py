@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write, is_utf8
-from tetdeploy.form import parse_json
-from tetdeploy.model_file import METADATA_KEY
+from tetdeploy.storage.files import atomic_write, is_utf8
+from tetdeploy.storage.form import parse_json
+from tetdeploy.storage.model_file import METADATA_KEY
+from tetdeploy.system.extras import import_extra
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine, Result
-from tetdeploy.files import read_npz, write_npz
-from tetdeploy.form import parse_json
 from tetdeploy.names import section
+from tetdeploy.storage.files import read_npz, write_npz
+from tetdeploy.storage.form import parse_json
 from tetdeploy.sweep import Tally
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 
 from tetdeploy import __version__
 from tetdeploy.batches import parts
-from tetdeploy.form import FRACTION, NUMBER, STEP
+from tetdeploy.storage.form import FRACTION, NUMBER, STEP
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
 
-PARENT = {"path!": str, "checkpoint_sha256!": str}  # what `--init` leaves in a run's files, see `tetdeploy.form`
+PARENT = {
+    "path!": str,
+    "checkpoint_sha256!": str,
+}  # what `--init` leaves in a run; see `storage.form`
 _SETTINGS = ("width", "tau", "v_th", "gamma", "smooth_spike")
 # What a checkpoint says of itself, and an exported model of its checkpoint, as far as it is read.
 ORIGIN: dict[str, Any] = {
@@ -47,7 +50,7 @@ def written(**packages: str) -> dict[str, Any]:
 def version() -> str:
     """tetdeploy's, and where it runs from a Git checkout the commit, as in 0.1.0+g1f3c2a9b4d5e; .dirty with changes,
     and 0.1.0+unknown where Git does not say."""
-    checkout = Path(__file__).parents[1]
+    checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return __version__
     command = ["git", "-C", str(checkout), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]

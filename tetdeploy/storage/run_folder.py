@@ -8,9 +8,9 @@ import warnings
 from pathlib import Path
 
 from tetdeploy.arguments import check_path
-from tetdeploy.files import sha256_of
-from tetdeploy.model_file import models_in
-from tetdeploy.shards import INDEX_NAME, holds_shards
+from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.model_file import models_in
+from tetdeploy.storage.shards import INDEX_NAME, holds_shards
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 STATE_NAME = "last.safetensors"
