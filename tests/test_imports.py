@@ -145,7 +145,8 @@ def test_a_serving_host_runs_every_command_for_models(tmp_path: Path) -> None:
     Image.fromarray(data.images[0, 0]).save(tmp_path / "a.png")
     names = np.array(data.class_names)
     np.savez(tmp_path / "d.npz", images=data.images[:60], labels=data.labels[:60], class_names=names)
-    model, *modules = str(exported("step")), *modules_below("runtimes", "native", "report", "early_exit", "storage", "system")
+    folders = ("runtimes", "native", "report", "early_exit", "storage", "system")
+    model, *modules = str(exported("step")), *modules_below(*folders)
     assert len(modules) > 20
     shutil.copy(model, tmp_path / "m.onnx")
     code = """

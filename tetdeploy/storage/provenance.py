@@ -23,10 +23,7 @@ from tetdeploy.storage.form import FRACTION, NUMBER, STEP
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
 
-PARENT = {
-    "path!": str,
-    "checkpoint_sha256!": str,
-}  # what `--init` leaves in a run; see `storage.form`
+PARENT = {"path!": str, "checkpoint_sha256!": str}  # what `--init` leaves in a run's files, see `storage.form`
 _SETTINGS = ("width", "tau", "v_th", "gamma", "smooth_spike")
 # What a checkpoint says of itself, and an exported model of its checkpoint, as far as it is read.
 ORIGIN: dict[str, Any] = {
