@@ -511,7 +511,7 @@ def test_frames_are_not_repeated() -> None:
         pool.push({id: None})
 
 
-def test_closed_streams_and_models_without_state_are_refused() -> None:
+def test_closed_streams_and_models_without_state_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = StreamPool(engine("step"))
     id = pool.open()
     pool.close(id)
@@ -521,6 +521,10 @@ def test_closed_streams_and_models_without_state_are_refused() -> None:
     for layout, options in (("dynamic", {}), ("unrolled", {"T": 4})):
         with pytest.raises(ValueError, match="gives no LIF state out, so it cannot stream; export with --layout step"):
             StreamPool(engine(layout, **options))
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "min_batch", 2)  # built again for one image, it would be refused again
+        with pytest.raises(ValueError, match="gives no LIF state out"):
+            StreamPool(engine("dynamic"))
     with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
         StreamPool(engine("step"), max_batch=0)
     with pytest.raises(ValueError, match=r"max_batch must be a whole number, got 2\.0"):

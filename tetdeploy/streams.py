@@ -105,6 +105,7 @@ class StreamPool:
 
     def __init__(self, engine: Engine, *, max_batch: int = 64) -> None:
         check_type("engine", engine, Engine, "pass Engine(path)")
+        engine.check_streams()
         engine.check_small_batches("a pool calls it with those streams that push")
         max_batch = check_count("max_batch", max_batch)
         self.engine = engine
