@@ -328,7 +328,7 @@ def main(
             console.print(found)
         else:
             with contextlib.ExitStack() as stack:
-                waits = (0.0,) if wait is None or minutes is not None else (0.0, wait)
+                waits = (0.0,) if wait is None else (0.0, wait)
                 servers = [stack.enter_context(Server(model, threads, max_wait_ms)) for max_wait_ms in waits]
                 if minutes is not None:
                     found = soak(servers[0], x, expected, minutes)
