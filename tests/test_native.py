@@ -392,6 +392,65 @@ def test_a_step_of_neurons_in_one_pass(also: str, kind: int) -> None:
     assert set(assert_same(model, {"x": x} | ({} if also else {"x2": floats(5, 700, seed=3)}))) == {"Elementwise"}
 
 
+def firing(layer: str, currents: Sequence[str], v_th: float) -> list[onnx.NodeProto]:
+    """Neurons as a graph without `Scan` has them, negated from the second step on; their spikes are `<layer>.s<t>`."""
+    nodes, u = [], ""
+    for t, current in enumerate(currents):
+        h, held, op = (f"{layer}.h{t}", f"{layer}.held{t}", "Less") if t else (current, f"{layer}.held0", "Greater")
+        nodes += [helper.make_node("Sub", [u, current], [h])] if t else []
+        nodes += [
+            helper.make_node("Constant", [], [f"{layer}.v_th{t}"], value_float=-v_th if t else v_th),
+            helper.make_node(op, [h, f"{layer}.v_th{t}"], [f"{layer}.fires{t}"]),
+            helper.make_node("Cast", [f"{layer}.fires{t}"], [f"{layer}.s{t}"], to=UINT8),
+            helper.make_node("ThresholdedRelu", [h], [held], alpha=-v_th if t else v_th),
+        ]
+        nodes += [helper.make_node("Sub", [held, h], [f"{layer}.begun"])] if t == 0 else []
+        u = f"{layer}.u{t}"
+        nodes.append(helper.make_node("Mul", [held if t else f"{layer}.begun", "leak"], [u]))
+    return nodes
+
+
+@pytest.mark.parametrize("T", [3, 70])  # in vector registers, and too many for these
+@pytest.mark.parametrize("kinds", [
+    (FLOAT,), (UINT8,), (INT8,), (FLOAT, FLOAT), (FLOAT, UINT8), (UINT8, FLOAT), (UINT8, UINT8),
+    (UINT8, INT8), (FLOAT, FLOAT, FLOAT),
+])  # fmt: skip
+def test_neurons_on_a_current_or_a_sum_of_some(kinds: tuple[int, ...], T: int) -> None:
+    dtypes = {FLOAT: np.float32, UINT8: np.uint8, INT8: np.int8}
+    constants: dict[str, Array] = {"leak": np.array(0.7, np.float32), "scale": np.array(0.01, np.float32)}
+    nodes, sums, feed = [], [""] * T, {}
+    for j, kind in enumerate(kinds):
+        parts = [f"x{j}.{t}" for t in range(T)]
+        nodes.append(helper.make_node("Split", [f"x{j}"], parts, axis=0, num_outputs=T))
+        for t, part in enumerate(parts if kind != FLOAT else []):
+            constants[f"zero{j}"] = np.array(-20 if kind == INT8 else 40, dtypes[kind])
+            parts[t] = f"i{j}.{t}"
+            nodes.append(helper.make_node("DequantizeLinear", [part, "scale", f"zero{j}"], [parts[t]]))
+        for t, part in enumerate(parts):
+            nodes += [helper.make_node("Add", [sums[t], part], [f"sum{j}.{t}"])] if j else []
+            sums[t] = f"sum{j}.{t}" if j else part
+        whole = np.random.default_rng(j).integers(-128 if kind == INT8 else 0, 128, (5 * T, 350))
+        feed[f"x{j}"] = floats(5 * T, 350, seed=j) if kind == FLOAT else whole.astype(dtypes[kind])
+    nodes += firing("n", sums, 0.5)
+    nodes.append(helper.make_node("Concat", [f"n.s{t}" for t in range(T)], ["y"], axis=0))
+    model = graph(nodes, {f"x{j}": (kind, [5 * T, 350]) for j, kind in enumerate(kinds)}, {"y": UINT8}, constants)
+    assert assert_same(model, feed) == ["Elementwise"]
+    assert 0.05 < run(model, feed)[0].mean() < 0.7
+
+
+@pytest.mark.parametrize("by_turns", [False, True])
+def test_two_layers_of_neurons_on_one_current(by_turns: bool) -> None:
+    nodes = [helper.make_node("Split", ["x"], ["x0", "x1", "x2"], axis=0, num_outputs=3)]
+    layers = [firing(layer, ["x0", "x1", "x2"], v_th) for layer, v_th in (("a", 0.5), ("b", 0.8))]
+    nodes += itertools.chain.from_iterable(zip(*layers, strict=True) if by_turns else layers)
+    names = [f"{layer}.s{t}" for t in range(3) for layer in "ab"]
+    if not by_turns:
+        names.sort()
+    nodes.append(helper.make_node("Concat", names, ["y"], axis=0))
+    model = graph(nodes, {"x": (FLOAT, [15, 350])}, {"y": UINT8}, {"leak": np.array(0.7, np.float32)})
+    assert assert_same(model, {"x": floats(15, 350)}) == ["Elementwise"]
+
+
 def test_what_a_region_alone_reads_belongs_to_it() -> None:
     """As the leak of a membrane that is an input: it is there before the current is."""
     nodes = [
@@ -1092,6 +1151,53 @@ def test_the_program_that_is_damaged_below_runs() -> None:
 def test_damaged_programs_are_refused(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(Exception, match=match):
         run(elementwise(**changes), {"x": floats(2, 3)}, joined=True)
+
+
+def fires_first(u: int, current: int, part: int) -> list[tuple[int, ...]]:
+    """Instructions: neurons of threshold 0.5 with the current of a register fire, and their membranes, negated, are in
+    another; register 9 is free."""
+    spikes = [(Op.GREATER_K, 9, current, 0, 0), (Op.STORE, 0, 9, part, 0)]
+    return [*spikes, (Op.THRESHOLDED_RELU, u, current, 0, 0), (Op.SUB, u, u, current, 0)]
+
+
+def fires_next(u: int, before: int, current: int, part: int) -> list[tuple[int, ...]]:
+    spikes = [(Op.SUB, u, before, current, 0), (Op.LESS_K, 9, u, 0, 1), (Op.STORE, 0, 9, part, 0)]
+    return [*spikes, (Op.THRESHOLDED_RELU, u, u, 0, 1)]
+
+
+LOADS = [(Op.LOAD, part, 0, part, 0) for part in range(3)]
+
+
+@pytest.mark.parametrize("program", [
+    [*LOADS, *fires_first(3, 0, 0), *fires_next(3, 3, 1, 1), *fires_next(3, 3, 2, 2)],  # as it should be
+    [*LOADS, *fires_first(3, 0, 0), *fires_first(4, 1, 1), *fires_next(4, 3, 2, 2)],  # membranes from before others
+    [*LOADS, *fires_first(3, 0, 0), (Op.LOAD, 3, 0, 1, 0), *fires_next(3, 3, 2, 1)],  # a tensor for membranes
+    [*LOADS, *fires_first(1, 0, 0), *fires_first(3, 1, 1)],  # membranes for a current
+    [(Op.DEQUANTIZE, 0, 0, 0, 2), *fires_first(1, 0, 0)],  # a float32 tensor that is dequantised
+])  # fmt: skip
+def test_programs_that_look_like_a_chain_of_neurons(program: list[tuple[int, ...]]) -> None:
+    x = np.random.default_rng(0).normal(size=(600, 3)).astype(np.float32)
+    numbers = np.array([0.5, -0.5, 0.25, 3.0], np.float32)
+    node = helper.make_node(
+        "Elementwise", ["x"], ["y"], domain="ai.tetdeploy", program=[n for step in program for n in step],
+        immediates=numbers, input_ports=[FLOAT, 3], output_ports=[UINT8, 3], states=-1,
+    )  # fmt: skip
+    given = run(graph([node], {"x": (FLOAT, ["N", 3])}, {"y": UINT8}), {"x": x}, joined=True)[0].reshape(3, 200, 3)
+    registers, parts = dict[int, Array](), x.reshape(3, 200, 3)
+    for op, d, a, b, k in program:
+        value = registers.get(a)
+        if op == Op.STORE:
+            np.testing.assert_array_equal(given[b], value)
+        elif op == Op.LOAD:
+            registers[d] = parts[b]
+        elif op == Op.DEQUANTIZE:
+            registers[d] = (parts[b] - numbers[k]) * numbers[k + 1]
+        elif op == Op.SUB:
+            registers[d] = registers[a] - registers[b]
+        elif op == Op.THRESHOLDED_RELU:
+            registers[d] = np.where(value > numbers[k], value, np.float32(0))
+        else:
+            registers[d] = value > numbers[k] if op == Op.GREATER_K else value < numbers[k]
 
 
 def running_sum(states: int = 1) -> bytes:

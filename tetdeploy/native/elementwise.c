@@ -17,12 +17,11 @@
  *   states        int64, how many registers last; -1 if parts are named. Otherwise one more input follows, of any type:
  *                 its second axis is as long as there are steps
  */
-#include "operator.h"
+#include "elementwise.h"
 
 #define BLOCK 1024
 #define GRAIN (16 * BLOCK) /* elements that are worth a thread's while */
 #define MAX_PARTS (1 << 20)
-#define MAX_REGISTERS 64 /* of 4 KB, on the stack of a thread */
 
 #ifdef __clang__
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -30,54 +29,6 @@
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 #define LOOP(value) INDEPENDENT for (size_t i = 0; i < n; ++i) d[i] = (value)
-
-/* Keep in step with `programs.py`. d, a and b are registers where nothing else is said, k counts immediates. */
-enum {
-  LOAD,       /* d = part b of input a */
-  DEQUANTIZE, /* d = (part b of input a - immediate k) * immediate k + 1 */
-  STORE,      /* part b of output d = a */
-  ADD, SUB, MUL, DIV, LESS, GREATER, LESS_EQUAL, GREATER_EQUAL, /* d = a o b */
-  ADD_K, SUB_K, K_SUB, MUL_K, DIV_K, K_DIV, LESS_K, GREATER_K, LESS_EQUAL_K, GREATER_EQUAL_K, /* d = a o immediate */
-  THRESHOLDED_RELU, /* d = a if a > immediate k else 0 */
-  HARD_SIGMOID,     /* d = min(max(immediate k * a + immediate k + 1, 0), 1) */
-  OPERATIONS,
-  /* Two in one pass, made by `join`; where one of them reads or writes a tensor, its part is in `part`. */
-  ADD_DEQUANTIZED = OPERATIONS, /* d = a + input b, dequantised */
-  SUB_DEQUANTIZED,              /* d = a - input b */
-  DEQUANTIZED_SUB,              /* d = input b - a */
-  STORE_LESS, STORE_GREATER, STORE_LESS_EQUAL, STORE_GREATER_EQUAL, /* part of output d = a o immediate */
-  /* A step of neurons, negated as `neuron_steps.py` writes it: h = a * leak - current, part of an output = h < v_th,
-   * d = (h if h > kept else 0) * leak_after. The current is b, or the part `from` of input b, dequantised. */
-  FIRE,
-  FIRE_FIRST /* h = current, part of an output = h > v_th, d = ((h if h > kept else 0) - h) * leak_after */
-};
-
-typedef struct { int64_t op, d, a, b, k; } Instruction;
-typedef struct {
-  int64_t op, d, a, b, k, part;
-  float zero, scale;    /* of what two in one dequantise */
-  int64_t output, from; /* of FIRE; `from` is -1 if the current is in a register */
-  float leak, v_th, kept, leak_after;
-} Step;
-typedef struct { int64_t type, parts; } Port;
-
-typedef struct {
-  const OrtApi* api;
-  Instruction* program;
-  Step* joined; /* the same in fewer passes */
-  float* immediates;
-  Port *inputs, *outputs;
-  size_t length, num_joined, registers, num_immediates, num_inputs, num_outputs;
-  int64_t states;
-} Kernel;
-
-typedef struct {
-  const Kernel* kernel;
-  const void** inputs;
-  void** outputs;
-  size_t elements; /* of a part */
-  size_t steps;    /* how often the program runs */
-} Call;
 
 /* `value` of every `x`, element of a tensor of any type. */
 #define OF_EACH(value)                                                                \
@@ -147,11 +98,6 @@ INLINED void fire(const Step* in, int first, float* d, uint8_t* spikes, const fl
   if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) FIRE_OF(float, of[i]);
   else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) FIRE_OF(int8_t, DEQUANTIZED);
   else FIRE_OF(uint8_t, DEQUANTIZED);
-}
-
-/* Where an instruction's part of a tensor begins, in elements. */
-static inline size_t offset(const Call* call, Port port, int64_t part, size_t step) {
-  return (port.parts > 0 ? (size_t)part : port.parts == 0 ? step : 0) * call->elements;
 }
 
 FOR_EACH_CPU static void run_step(const Call* call, float* registers, const float** at, size_t step, size_t start,
@@ -239,7 +185,9 @@ static void run_grain(void* argument, size_t grain) {
   const size_t count = call->kernel->registers;
   float registers[count * BLOCK] __attribute__((aligned(64)));
   const float* at[MAX_REGISTERS]; /* a register's values: its own, or a float32 input where it lies */
-  const size_t first = grain * GRAIN, last = first + GRAIN < call->elements ? first + GRAIN : call->elements;
+  size_t first = grain * GRAIN;
+  const size_t last = first + GRAIN < call->elements ? first + GRAIN : call->elements;
+  first = run_chain(call, first, last);
   for (size_t start = first; start < last; start += BLOCK) {
     for (size_t r = 0; r < count; ++r) at[r] = registers + r * BLOCK;
     if (call->kernel->states > 0) memset(registers, 0, call->kernel->states * BLOCK * sizeof(float));
@@ -333,6 +281,7 @@ static void ORT_API_CALL destroy(void* self) {
   Kernel* kernel = self;
   free(kernel->program);
   free(kernel->joined);
+  free(kernel->chain);
   free(kernel->immediates);
   free(kernel->inputs);
   free(kernel->outputs);
@@ -468,7 +417,7 @@ static size_t neurons(const Kernel* kernel, size_t p, Step* step) {
       step->d = (in++)->d;
     }
   }
-  if (step->d != h && !is_done(kernel, in - kernel->program, h)) return 0;
+  if (!first && step->d != h && !is_done(kernel, in - kernel->program, h)) return 0; /* it is nowhere then */
   return in - (kernel->program + p);
 }
 
@@ -503,8 +452,9 @@ static OrtStatusPtr join(Kernel* kernel) {
     if (count > 0) {
       take_in(kernel, p + count, &step);
     } else {
+      Step next;
       step.op = -1;
-      if (only_next_reads(kernel, p)) step = pair(kernel, in, in + 1);
+      if (only_next_reads(kernel, p) && !neurons(kernel, p + 1, &next)) step = pair(kernel, in, in + 1);
       count = step.op < 0 ? 1 : 2;
       if (step.op < 0) step = (Step){.op = in->op, .d = in->d, .a = in->a, .b = in->b, .k = in->k, .part = in->b};
     }
@@ -531,7 +481,8 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelI
   if (kernel->immediates == NULL) return failed(api, "no memory");
   TRY(api->KernelInfoGetAttributeArray_float(info, "immediates", kernel->immediates, &kernel->num_immediates));
   TRY(check(kernel));
-  return join(kernel);
+  TRY(join(kernel));
+  return find_chain(kernel);
 }
 
 DEFINE_CREATE

@@ -12,7 +12,10 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define X86 1
+#include <immintrin.h>
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+/* In place of arch=x86-64-v4, which would take away what -march=native gives, and with it what intrinsics are. */
+#define V4 "avx2,bmi,bmi2,fma,lzcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512"
 #else
 #define X86 0
 #define FOR_EACH_CPU

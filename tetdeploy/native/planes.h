@@ -95,11 +95,6 @@ static inline void go_on(const Call* call, Place* place) {
 }
 
 #if X86
-#include <immintrin.h>
-
-/* In place of arch=x86-64-v4, which would take away what -march=native gives, and with it what intrinsics are. */
-#define V4 "avx2,bmi,bmi2,fma,lzcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512"
-
 /* As `requantise`, of 16 sums. */
 __attribute__((target(V4))) INLINED __m128i requantised(__m512i sums, __m512i biases, __m512 scales, __m512 low,
                                                         __m512 high, __m512i zero) {
