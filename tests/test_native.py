@@ -1271,7 +1271,7 @@ def test_tensors_that_do_not_fit_are_refused_in_the_call() -> None:
 
 
 @pytest.mark.skipif(not has_additions() or not shutil.which("cc"), reason="this processor, or its system, cannot")
-@pytest.mark.parametrize("source", ["lookups", "tiles"])
+@pytest.mark.parametrize("source", ["chains", "lookups", "tiles"])
 def test_compiles_for_the_processor_alone(source: str, tmp_path: Path) -> None:
     """As with CFLAGS=-march=native, which functions for several processors must bear."""
     file = Path(native.__file__).with_name(f"{source}.c")
