@@ -392,7 +392,7 @@ def test_a_step_of_neurons_in_one_pass(also: str, kind: int) -> None:
     assert set(assert_same(model, {"x": x} | ({} if also else {"x2": floats(5, 700, seed=3)}))) == {"Elementwise"}
 
 
-def firing(layer: str, currents: Sequence[str], v_th: float) -> list[onnx.NodeProto]:
+def firing(layer: str, currents: Sequence[str], v_th: float, to: int = UINT8) -> list[onnx.NodeProto]:
     """Neurons as a graph without `Scan` has them, negated from the second step on; their spikes are `<layer>.s<t>`."""
     nodes, u = [], ""
     for t, current in enumerate(currents):
@@ -401,7 +401,7 @@ def firing(layer: str, currents: Sequence[str], v_th: float) -> list[onnx.NodePr
         nodes += [
             helper.make_node("Constant", [], [f"{layer}.v_th{t}"], value_float=-v_th if t else v_th),
             helper.make_node(op, [h, f"{layer}.v_th{t}"], [f"{layer}.fires{t}"]),
-            helper.make_node("Cast", [f"{layer}.fires{t}"], [f"{layer}.s{t}"], to=UINT8),
+            helper.make_node("Cast", [f"{layer}.fires{t}"], [f"{layer}.s{t}"], to=to),
             helper.make_node("ThresholdedRelu", [h], [held], alpha=-v_th if t else v_th),
         ]
         nodes += [helper.make_node("Sub", [held, h], [f"{layer}.begun"])] if t == 0 else []
@@ -415,7 +415,8 @@ def firing(layer: str, currents: Sequence[str], v_th: float) -> list[onnx.NodePr
     (FLOAT,), (UINT8,), (INT8,), (FLOAT, FLOAT), (FLOAT, UINT8), (UINT8, FLOAT), (UINT8, UINT8),
     (UINT8, INT8), (FLOAT, FLOAT, FLOAT),
 ])  # fmt: skip
-def test_neurons_on_a_current_or_a_sum_of_some(kinds: tuple[int, ...], T: int) -> None:
+@pytest.mark.parametrize("to", [UINT8, FLOAT])
+def test_neurons_on_a_current_or_a_sum_of_some(kinds: tuple[int, ...], T: int, to: int) -> None:
     dtypes = {FLOAT: np.float32, UINT8: np.uint8, INT8: np.int8}
     constants: dict[str, Array] = {"leak": np.array(0.7, np.float32), "scale": np.array(0.01, np.float32)}
     nodes, sums, feed = [], [""] * T, {}
@@ -431,9 +432,9 @@ def test_neurons_on_a_current_or_a_sum_of_some(kinds: tuple[int, ...], T: int) -
             sums[t] = f"sum{j}.{t}" if j else part
         whole = np.random.default_rng(j).integers(-128 if kind == INT8 else 0, 128, (5 * T, 350))
         feed[f"x{j}"] = floats(5 * T, 350, seed=j) if kind == FLOAT else whole.astype(dtypes[kind])
-    nodes += firing("n", sums, 0.5)
+    nodes += firing("n", sums, 0.5, to)
     nodes.append(helper.make_node("Concat", [f"n.s{t}" for t in range(T)], ["y"], axis=0))
-    model = graph(nodes, {f"x{j}": (kind, [5 * T, 350]) for j, kind in enumerate(kinds)}, {"y": UINT8}, constants)
+    model = graph(nodes, {f"x{j}": (kind, [5 * T, 350]) for j, kind in enumerate(kinds)}, {"y": to}, constants)
     assert assert_same(model, feed) == ["Elementwise"]
     assert 0.05 < run(model, feed)[0].mean() < 0.7
 

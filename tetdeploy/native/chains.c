@@ -16,11 +16,11 @@ enum { NONE, FLOAT32, BYTE, KINDS };
 typedef struct { int64_t kind, input, part; float zero, scale; } Term; /* of a current; bytes are dequantised */
 struct Link { /* a step of neurons, `FIRE` or `FIRE_FIRST` */
   Term terms[2];
-  int first;
+  int first, to_bytes;
   int64_t output, part;
   float leak, v_th, kept, leak_after;
 };
-typedef struct { const char* terms[2]; uint8_t* spikes; } Place;
+typedef struct { const char* terms[2]; char* spikes; } Place;
 
 FOR_V4 INLINED __m512 values(const Term* term, int kind, const char* from, int vector) {
   if (kind == FLOAT32) return _mm512_loadu_ps((const float*)from + 16 * vector);
@@ -44,6 +44,12 @@ FOR_V4 INLINED void fire(const Link* link, Place at, __m512* u, int first, int k
     if (first) held = _mm512_sub_ps(held, h);
     u[v] = _mm512_mul_ps(held, leak_after);
   }
+  if (!link->to_bytes) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v)
+      _mm512_storeu_ps((float*)at.spikes + 16 * v, _mm512_maskz_mov_ps(fires[v], _mm512_set1_ps(1)));
+    return;
+  }
 #pragma GCC unroll 8
   for (int v = 0; v < VECTORS; v += 4) {
     const __mmask64 four = _mm512_kunpackd(_mm512_kunpackw(fires[v + 3], fires[v + 2]),
@@ -62,18 +68,19 @@ FOR_V4 static size_t run(const Call* call, size_t start, size_t last) {
   const size_t count = kernel->num_links * call->steps;
   const Link* links[MAX_LINKS];
   Place places[MAX_LINKS];
-  size_t bytes[MAX_LINKS][2]; /* of an element */
+  size_t bytes[MAX_LINKS][3]; /* of an element */
   for (size_t k = 0; k < count; ++k) {
     const size_t step = k / kernel->num_links;
     const Link* link = links[k] = kernel->chain + k % kernel->num_links;
     for (int t = 0; t < 2; ++t) {
       const Term* term = link->terms + t;
       const Port port = kernel->inputs[term->input];
-      bytes[k][t] = term->kind == FLOAT32 ? sizeof(float) : 1;
+      bytes[k][t] = bytes_of(port);
       places[k].terms[t] = (const char*)call->inputs[term->input] + offset(call, port, term->part, step) * bytes[k][t];
     }
     const Port port = kernel->outputs[link->output];
-    places[k].spikes = (uint8_t*)call->outputs[link->output] + offset(call, port, link->part, step);
+    bytes[k][2] = bytes_of(port);
+    places[k].spikes = (char*)call->outputs[link->output] + offset(call, port, link->part, step) * bytes[k][2];
   }
   for (; start + GROUP <= last; start += GROUP) {
     __m512 u[VECTORS];
@@ -81,7 +88,7 @@ FOR_V4 static size_t run(const Call* call, size_t start, size_t last) {
     for (int v = 0; v < VECTORS; ++v) u[v] = _mm512_setzero_ps();
     for (size_t k = 0; k < count; ++k) {
       const Place at = {{places[k].terms[0] + start * bytes[k][0], places[k].terms[1] + start * bytes[k][1]},
-                        places[k].spikes + start};
+                        places[k].spikes + start * bytes[k][2]};
       switch (WAY(links[k]->first, links[k]->terms[0].kind, links[k]->terms[1].kind)) {
         WAYS(FLOAT32, NONE);
         WAYS(BYTE, NONE);
@@ -142,7 +149,8 @@ static size_t links_of(const Kernel* kernel, Link* chain) {
     const int first = step->op == FIRE_FIRST;
     const Sum current = step->from < 0 ? sums[step->b] : tensor(kernel, step->b, step->from, step->zero, step->scale);
     if (!current.terms[0].kind || (!first && step->a != u)) return 0;
-    chain[count++] = (Link){{current.terms[0], current.terms[1]}, first, step->output, step->part,
+    const int to_bytes = kernel->outputs[step->output].type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+    chain[count++] = (Link){{current.terms[0], current.terms[1]}, first, to_bytes, step->output, step->part,
                             step->leak, step->v_th, step->kept, step->leak_after};
     u = step->d;
     sums[u] = (Sum){0};

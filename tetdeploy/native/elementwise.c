@@ -80,9 +80,10 @@ INLINED void store(int64_t op, const float* a, void* target, int64_t type, size_
   }
 }
 
-#define FIRE_OF(type, current)                                    \
+#define FIRE_OF(type, to, current)                                \
   do {                                                            \
     const type* of = (const type*)source + start;                 \
+    to* spikes = target;                                          \
     INDEPENDENT for (size_t i = 0; i < n; ++i) {                  \
       const float h = first ? (current) : a[i] * leak - (current); \
       const float held = h > kept ? h : 0.0f;                     \
@@ -90,14 +91,19 @@ INLINED void store(int64_t op, const float* a, void* target, int64_t type, size_
       d[i] = (first ? held - h : held) * leak_after;              \
     }                                                             \
   } while (0)
+#define FIRE_TO(to)                                                                          \
+  do {                                                                                       \
+    if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) FIRE_OF(float, to, of[i]);              \
+    else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) FIRE_OF(int8_t, to, DEQUANTIZED);   \
+    else FIRE_OF(uint8_t, to, DEQUANTIZED);                                                  \
+  } while (0)
 
-INLINED void fire(const Step* in, int first, float* d, uint8_t* spikes, const float* a, const void* source, int64_t type,
-                  size_t start, size_t n) {
+INLINED void fire(const Step* in, int first, float* d, void* target, int64_t target_type, const float* a,
+                  const void* source, int64_t type, size_t start, size_t n) {
   const float leak = in->leak, v_th = in->v_th, kept = in->kept, leak_after = in->leak_after;
   const float zero = in->zero, scale = in->scale;
-  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) FIRE_OF(float, of[i]);
-  else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) FIRE_OF(int8_t, DEQUANTIZED);
-  else FIRE_OF(uint8_t, DEQUANTIZED);
+  if (target_type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) FIRE_TO(float);
+  else FIRE_TO(uint8_t);
 }
 
 FOR_EACH_CPU static void run_step(const Call* call, float* registers, const float** at, size_t step, size_t start,
@@ -107,8 +113,8 @@ FOR_EACH_CPU static void run_step(const Call* call, float* registers, const floa
     const Step* in = kernel->joined + p;
     const float *k = kernel->immediates + in->k, c = k[0];
     if (in->op >= FIRE) {
-      uint8_t* spikes = (uint8_t*)call->outputs[in->output] +
-                        offset(call, kernel->outputs[in->output], in->part, step) + start;
+      const Port to = kernel->outputs[in->output];
+      char* spikes = (char*)call->outputs[in->output] + (offset(call, to, in->part, step) + start) * bytes_of(to);
       const void* source = at[in->from < 0 ? in->b : 0];
       int64_t type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
       size_t begin = 0;
@@ -118,8 +124,8 @@ FOR_EACH_CPU static void run_step(const Call* call, float* registers, const floa
         begin = offset(call, kernel->inputs[in->b], in->from, step) + start;
       }
       float* d = registers + in->d * BLOCK;
-      if (in->op == FIRE) fire(in, 0, d, spikes, at[in->a], source, type, begin, n);
-      else fire(in, 1, d, spikes, NULL, source, type, begin, n);
+      if (in->op == FIRE) fire(in, 0, d, spikes, to.type, at[in->a], source, type, begin, n);
+      else fire(in, 1, d, spikes, to.type, NULL, source, type, begin, n);
       at[in->d] = d;
       continue;
     }
@@ -394,7 +400,9 @@ static size_t neurons(const Kernel* kernel, size_t p, Step* step) {
     h = (in++)->d;
   }
   if (end - in < 2 || in->op != (first ? GREATER_K : LESS_K) || in->a != h || in[1].op != STORE) return 0;
-  if (in[1].a != in->d || kernel->outputs[in[1].d].type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) return 0;
+  const int64_t type = kernel->outputs[in[1].d].type;
+  if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) return 0;
+  if (in[1].a != in->d) return 0;
   if (!is_done(kernel, in + 2 - kernel->program, in->d)) return 0;
   step->v_th = kernel->immediates[in->k];
   step->output = in[1].d;

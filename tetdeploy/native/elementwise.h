@@ -60,6 +60,9 @@ static inline size_t offset(const Call* call, Port port, int64_t part, size_t st
   return (port.parts > 0 ? (size_t)part : port.parts == 0 ? step : 0) * call->elements;
 }
 
+/* Of an element. */
+static inline size_t bytes_of(Port port) { return port.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? sizeof(float) : 1; }
+
 /* Lets the program run in vector registers if it is a chain, and this processor has them. */
 OrtStatusPtr find_chain(Kernel* kernel);
 /* Runs it on elements from `first` on. Where it ends: fewer than are worth a vector may be left before `last`. */
