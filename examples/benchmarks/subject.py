@@ -37,6 +37,9 @@ def load_images(name: str, data_dir: Path) -> LabelledSet:
         raise NoImagesError(str(error)) from error
 
 
+WARM_UP = 3  # runs
+
+
 def untrained(model: str, width: float, data_dir: Path, T: int) -> tuple[Classifier, Any]:
     """A network whose BN statistics are those of CIFAR-10 images, and the images.
 
@@ -59,8 +62,9 @@ def untrained(model: str, width: float, data_dir: Path, T: int) -> tuple[Classif
     return classifier.eval(), data.x[:512]
 
 
-def convolution_share(model: Path, x: Any, threads: int, *, own: bool = False) -> dict[str, float]:
-    """Milliseconds of all kernels in one run (of ten, the median), and of the convolutions among them.
+def convolution_share(model: Path, x: Any, threads: int, *, runs: int = 10, own: bool = False) -> dict[str, float]:
+    """Medians over runs: milliseconds of the convolutions, how many times that all kernels of the same run took, and
+    how many times that the whole run.
 
     Args:
         own: ONNX Runtime's own operators.
@@ -73,20 +77,18 @@ def convolution_share(model: Path, x: Any, threads: int, *, own: bool = False) -
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(graph or str(model), options, providers=["CPUExecutionProvider"])
-        for _ in range(13):
+        for _ in range(WARM_UP + runs):
             session.run(["per_step"], {"x": x})
         events = json.loads(Path(session.end_profiling()).read_text())
-    runs: list[dict[str, float]] = []
-    for event in events:
-        if event.get("name") == "model_run":
-            runs.append({"all": 0.0, "convolutions": 0.0})
+    taken = [event["dur"] for event in events if event.get("name") == "model_run"]
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-    per_run = len(kernels) // len(runs)
-    for k, run in enumerate(runs):
-        for event in kernels[k * per_run : (k + 1) * per_run]:
-            milliseconds = event["dur"] / 1e3
-            run["all"] += milliseconds
-            run["convolutions"] += milliseconds * any(
-                word in event["args"]["op_name"] for word in ("Conv", "Additions", "Lookups")
-            )
-    return {key: statistics.median(run[key] for run in runs[3:]) for key in ("all", "convolutions")}
+    per_run = len(kernels) // len(taken)
+    found: dict[str, list[float]] = {"convolutions": [], "kernels": [], "run": []}
+    for k in range(WARM_UP, len(taken)):
+        its = kernels[k * per_run : (k + 1) * per_run]
+        words = ("Conv", "Additions", "Lookups")
+        convolutions = sum(e["dur"] for e in its if any(word in e["args"]["op_name"] for word in words))
+        found["convolutions"].append(convolutions / 1e3)
+        found["kernels"].append(sum(e["dur"] for e in its) / convolutions)
+        found["run"].append(taken[k] / convolutions)
+    return {key: statistics.median(values) for key, values in found.items()}
