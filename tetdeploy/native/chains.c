@@ -59,10 +59,11 @@ FOR_V4 INLINED void fire(const Link* link, Place at, __m512* u, int first, int k
 }
 
 #define WAY(first, kind, other_kind) (((first) * KINDS + (kind)) * KINDS + (other_kind))
-#define WAYS(kind, other_kind)                                                              \
-  case WAY(0, kind, other_kind): fire(links[k], at, u, 0, kind, other_kind); break;         \
+#define WAYS(kind, other_kind)                                                      \
+  case WAY(0, kind, other_kind): fire(links[k], at, u, 0, kind, other_kind); break; \
   case WAY(1, kind, other_kind): fire(links[k], at, u, 1, kind, other_kind); break
 
+/* Elements from `start` on, group after group, each through all steps of the call. */
 FOR_V4 static size_t run(const Call* call, size_t start, size_t last) {
   const Kernel* kernel = call->kernel;
   const size_t count = kernel->num_links * call->steps;
@@ -109,6 +110,7 @@ size_t run_chain(const Call* call, size_t first, size_t last) {
 /* A register's value: the sum of these, of which the first has no kind if it is none. */
 typedef struct { Term terms[2]; } Sum;
 
+/* A part of an input; none if it is neither float32 as it is nor uint8. */
 static Sum tensor(const Kernel* kernel, int64_t input, int64_t part, float zero, float scale) {
   const int64_t type = kernel->inputs[input].type;
   const int is_float = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;

@@ -42,7 +42,7 @@ typedef struct {
   Step* joined; /* the same in fewer passes */
   float* immediates;
   Port *inputs, *outputs;
-  Link* chain;  /* the same in vector registers; NULL of one that is no chain, or for other processors */
+  Link* chain; /* the same in vector registers; NULL of one that is no chain, or for other processors */
   size_t length, num_joined, num_links, registers, num_immediates, num_inputs, num_outputs;
   int64_t states;
 } Kernel;
