@@ -9,10 +9,10 @@ trained network (the rate is printed; float32 without AMX takes longer the more 
 its own (`turns`). They take turns, each with two calls to warm up and five that count, and the table shows medians. `as
 fp32` counts of how many images of the last batch a side's class is that of this engine in float32 (8 bits flip spikes,
 and an untrained network amplifies that). `peak` is the largest resident set of a side's process, `opened` how long it
-took until a model was ready. What convolutions take is the sum over their kernels in ONNX Runtime's own profile of that
-graph, in runs of their own; all kernels, and the whole run, are compared with those of the same run. The sides with "ORT's own" run the same files without the
-native operator (`Engine(native=False)`); where the processor has AMX, another has native operators, but makes no use of
-it.
+took until a model was ready. What convolutions take is the sum over their kernels in ONNX Runtime's own profile of
+that graph, in runs of their own; all kernels, and the whole run, are compared with those of the same run. The sides
+with "ORT's own" run the same files without the native operator (`Engine(native=False)`); where the processor has AMX,
+another has native operators, but makes no use of it.
 
 SpikingJelly runs the same modules with its neurons in place of ours, torch.compile the same network. OpenVINO reads
 ONNX files exported for it.
