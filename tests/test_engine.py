@@ -499,6 +499,13 @@ def test_what_fails_gives_one_line(error: Exception, line: str, monkeypatch: pyt
             read(path)
 
 
+def test_a_model_that_memory_does_not_hold_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported("dynamic")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Mock(side_effect=RuntimeError("std::bad_alloc")))
+    with pytest.raises(MemoryError, match=rf"^{path} cannot be loaded: std::bad_alloc$"):
+        Engine(path)
+
+
 @pytest.mark.parametrize(("layout", "options"), [("unrolled", {"T": 4}), ("dynamic", {}), ("step", {})])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_damaged_weights_give_no_answer(layout: str, options: dict[str, Any], value: float, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ class Engine:
             compute the graph wrongly; threads is no whole number from 1 on, or too large; native or cuda_graphs is no
             flag, or True where that cannot be.
         OSError: the file cannot be read.
+        MemoryError: the memory does not hold the model.
         MissingExtraError: the runtime is not installed.
     """
 

@@ -113,6 +113,8 @@ class Sessions:
         try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
             session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's own exception classes are private
+            if "std::bad_alloc" in str(error):
+                raise MemoryError(f"{self._path} cannot be loaded: {first_line(error)}") from error
             fault = "not an ONNX model, or a damaged one; export or copy it again"
             if self._device != "cpu":
                 fault += f"; or {self._device} cannot be used: check driver and libraries, or choose device='cpu'"
