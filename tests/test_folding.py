@@ -189,8 +189,9 @@ class RepeatedBefore(nn.Module):
         (lambda: OverTime(nn.Conv2d(2, 4, 3), tdBN(4)), (3, 2, 2, 6, 6)),
         (lambda: OverTime(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4)), (3, 2, 2, 2, 2)),
         (lambda: Merged(nn.Identity(), lambda merged: merged.relu().unflatten(0, (3, -1))), (2, 2, 6, 6)),
+        (lambda: Merged(nn.Identity(), lambda merged: merged.unflatten(0, (-1, 3)).transpose(0, 1)), (2, 2, 6, 6)),
     ],
-    ids=["own reshaping", "repeated image", "OverTime", "linear", "merged, then an activation"],
+    ids=["own reshaping", "repeated image", "OverTime", "linear", "merged, then an activation", "split otherwise"],
 )
 def test_time_between_a_layer_and_its_bn(network: Any, shape: tuple[int, ...]) -> None:
     folded = assert_folds(settled(network()), randn(*shape), batchnorms=1)
