@@ -5,8 +5,9 @@
 
 `x` are images [N, C, H, W], normalised as docs/nir.md shows. The `from_nir` of either makes another network of the
 file, or none: Norse's ignores R, that of sinabs resets by subtraction, and neither has average pooling or adds edges
-that meet. nirtorch adds them, given what makes a module of each kind of node. Tried with norse 1.1.0, sinabs 3.1.3,
-nirtorch 2.6 and nir 1.0.8. sinabs brings an older nir, so `pip install -U nir nirtorch` comes last.
+that meet. nirtorch adds them, given what makes a module of each kind of node: `pip install norse nirtorch`, or sinabs.
+Tried with norse 1.1.0, sinabs 3.1.3, nirtorch 2.6 and nir 1.0.8. sinabs brings an older nir, so `pip install -U nir
+nirtorch` comes last.
 """
 
 from __future__ import annotations
