@@ -13,7 +13,7 @@ from tetdeploy.system.standard_output import StandardOutput
 from .config import TrainConfig
 
 INTERVAL = 0.5  # seconds between two looks at the losses: each makes a GPU wait
-RECENT = 5  # epochs whose pace gives the remaining time: the first ones also compile and warm up
+RECENT = 5  # epochs whose pace gives the remaining time; not the first, which also compiles, once there is another
 
 
 class Progress:
@@ -31,7 +31,8 @@ class Progress:
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._last = time.perf_counter()
-        self._recent = deque([(self._last, self._work(steps_done))], maxlen=RECENT + 1)  # when what was done
+        self._began = (self._last, self._work(steps_done))
+        self._recent = deque([self._began], maxlen=RECENT + 1)  # when what was done
         self._val = ""
         self._bar: rich_progress.Progress | None = None
         if self.console.is_terminal and not self.console.quiet:
@@ -97,8 +98,9 @@ class Progress:
 
     def _status(self, loss: float, accuracy: float, images_per_s: float, steps_done: int) -> str:
         """The numbers; `steps_done` of the whole run gives the remaining time at the recent epochs' pace."""
-        since, before = self._recent[0]
         now, end = self._work(steps_done), self._work(self._config.epochs * self._steps_per_epoch)
+        past_first = self._recent[0] == self._began and len(self._recent) > 1 and self._recent[1][1] < now
+        since, before = self._recent[1 if past_first else 0]
         eta = (time.perf_counter() - since) / max(1, now - before) * (end - now)
         return f"loss {loss:.3f}  train {accuracy:.1%}{self._val}  {images_per_s:,.0f} img/s  eta {_clock(eta)}"
 
