@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import re
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -591,6 +592,21 @@ def test_an_image_without_an_answer_leaves_others_theirs_step_by_step(
     np.testing.assert_allclose(result.logits[[0, 2]], wanted.logits[[0, 2]], atol=1e-6)
     with pytest.raises(ValueError, match="the input far out of range"):
         runner.run(x[1:2], 4, exit=exit)
+
+
+def test_a_run_step_by_step_holds_the_state_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, states, held = engine("step"), list[weakref.ref[Array]](), list[int]()
+    call = runner.call
+
+    def watched(*arguments: Any, **options: Any) -> dict[str, Array]:
+        outputs = call(*arguments, **options)
+        states.append(weakref.ref(outputs["u_next.lif1"]))
+        held.append(sum(state() is not None for state in states))
+        return outputs
+
+    monkeypatch.setattr(runner, "call", watched)
+    runner.run(images(2), 5)
+    assert held == [1, 2, 2, 2, 2]  # what the call read, and what it wrote
 
 
 # ------------------------------------------------------------------------------------------------ streams

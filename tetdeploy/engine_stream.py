@@ -129,8 +129,9 @@ class Stream:
             feed |= {"encode": np.array([x is not None]), **self._kept}
         wanted = ["per_step", *names, *state_outputs(self.engine.metadata)]
         outputs = self.engine.call(feed, wanted, self._session, check=check)
-        self._u = {name: outputs[output] for name, output, _ in self._states}
-        self._kept = {name: outputs[output] for name, output, _ in self._encoded}
+        # taken out: who collects the answers of many calls does not hold the state of each
+        self._u = {name: outputs.pop(output) for name, output, _ in self._states}
+        self._kept = {name: outputs.pop(output) for name, output, _ in self._encoded}
         self._image = shown
         return outputs
 
