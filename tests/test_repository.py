@@ -177,6 +177,21 @@ def test_an_image_shown_again_is_not_encoded_again(tmp_path: Path) -> None:
     assert (server.sequences[1]["encoded.0"] != 0.25).any()
 
 
+def test_the_mean_of_a_long_sequence_neither_drifts_nor_stands_still(tmp_path: Path) -> None:
+    server, x = StandIn(served(tmp_path, "step")), digits().images[:1]
+    server.infer({"x": x}, sequences=[(1, True)])
+    stream = engine("step").stream()
+    later = np.stack([stream.push(x).step_logits for _ in range(65)][1:]).mean(0, dtype=np.float64)
+    state = server.sequences[1]
+    state["sequence.t"][:], state["sequence.mean"][:] = 2**24, later  # as if all steps so far had been like those
+    for _ in range(64):
+        (answer,) = server.infer({"x": x}, sequences=[(1, False)])
+    np.testing.assert_allclose(answer["logits"], later, rtol=1e-6)
+    server.sequences[1]["sequence.mean"][:] = later + 100
+    (answer,) = server.infer({"x": x}, sequences=[(1, False)])
+    assert (answer["logits"] < later + 100).all()
+
+
 @pytest.mark.parametrize("batch", [32, 128])
 def test_a_new_version_keeps_the_configuration(batch: int, tmp_path: Path) -> None:
     folder = served(tmp_path, "unrolled", T=3)
