@@ -24,6 +24,7 @@ from tetdeploy.runtimes import tensorrt_engine
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.runtimes.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
 from tetdeploy.runtimes.tensorrt_engine import TensorRTEngine, check_target
+from tetdeploy.storage.provenance import engine_provenance
 from tetdeploy.streams import StreamPool
 
 
@@ -124,6 +125,16 @@ def test_gpu_memory_is_given_back(cuda: Cuda, tmp_path: Path) -> None:
     assert not cuda.num_streams
 
 
+@pytest.mark.usefixtures("collects_its_own")
+def test_memory_is_given_back_before_its_stream(cuda: Cuda) -> None:
+    gpu = tensorrt_engine.Gpu(cuda)
+    arrays = [gpu.zeros((2, 3))]
+    arrays.append(arrays)  # type: ignore[arg-type]  # a cycle, as an error makes that is kept by the frame it names
+    del gpu, arrays
+    gc.collect()
+    assert not cuda.memory and not cuda.num_streams
+
+
 def test_threads_share_an_engine(cuda: Cuda, tmp_path: Path) -> None:
     trt = TensorRTEngine(write_engine(tmp_path / "m.engine", "step", {}))
     images = digits().images
@@ -142,6 +153,7 @@ def test_it_says_what_it_is(cuda: Cuda, tmp_path: Path) -> None:
         check_target(trt.manifest, "m.engine", TensorRT(cuda), architecture)  # without an error
     assert trt.sha256 == trt.manifest["engine_sha256"]
     assert trt.run(digits().images[:2]).per_step.shape == (2, 4, 10)  # the training's T
+    assert engine_provenance(trt)["versions"]["tensorrt-rtx"] == VERSION
 
 
 def test_what_it_was_not_built_for_is_refused(cuda: Cuda, tmp_path: Path) -> None:

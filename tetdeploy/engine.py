@@ -6,6 +6,7 @@ An engine keeps nothing between calls, so that threads may share one; LIF state 
 from __future__ import annotations
 
 import base64
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -276,6 +277,11 @@ class Engine:
                 f"{self.path.name} was built for {self.min_batch} to {self.max_batch} images in a call, and {purpose}, "
                 f"which may be one; build again with --batch 1:{self.min_batch}:{self.max_batch}"
             )
+
+    @property
+    def runtime_version(self) -> dict[str, str]:
+        """The version of the package that runs it, by the package's name."""
+        return {self.runtime: str(importlib.import_module(self.runtime).__version__)}
 
     @property
     def is_fixed(self) -> bool:

@@ -62,6 +62,10 @@ class TensorRTEngine(Engine):
         check_target(self.manifest, self.path.name, trt, gpu_architecture(cuda))
         self._session = Session(trt, Gpu(cuda), plan, state_outputs(self.metadata), self.path.name)
 
+    @property
+    def runtime_version(self) -> dict[str, str]:
+        return {self.manifest["package"]: self.manifest["version"]}  # no other version would run it
+
     def check_input(self, x: Array) -> Array:
         x = super().check_input(x)
         self._check_range("batch", len(x), "images")
@@ -149,6 +153,9 @@ class Gpu:
         checked(self.cuda, self.cuda.cudaStreamSynchronize(self.stream))
         return copy
 
+    def free(self, address: int) -> None:
+        self.cuda.cudaFreeAsync(address, self.stream)
+
     def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
         checked(self.cuda, self.cuda.cudaMemcpyAsync(to, source, size, kind, self.stream))
 
@@ -161,7 +168,7 @@ class GpuArray:
         self.source: Array | None = None  # of a copy that may still be under way
         self.nbytes = math.prod(shape) * dtype.itemsize
         self.address: int = checked(gpu.cuda, gpu.cuda.cudaMallocAsync(self.nbytes, gpu.stream))
-        weakref.finalize(self, gpu.cuda.cudaFreeAsync, self.address, gpu.stream)
+        weakref.finalize(self, gpu.free, self.address)  # which keeps the stream for as long as there are arrays
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self.gpu.get(self), dtype)

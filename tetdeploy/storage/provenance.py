@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import platform
 import subprocess
@@ -64,7 +63,6 @@ def version() -> str:
 
 def engine_provenance(engine: Engine) -> dict[str, Any]:
     """What a result must say of the model and of the measurement besides its numbers, as JSON."""
-    runtime = importlib.import_module(engine.runtime)
     return {
         "model_sha256": engine.sha256,
         "checkpoint_sha256": engine.metadata["source"].get("checkpoint_sha256"),
@@ -75,7 +73,7 @@ def engine_provenance(engine: Engine) -> dict[str, Any]:
         "num_classes": len(engine.class_names),
         "device": engine.device,
         "runtime": engine.runtime,
-    } | written(**{"numpy": np.__version__, engine.runtime: str(runtime.__version__)})
+    } | written(numpy=np.__version__, **engine.runtime_version)
 
 
 def own_data(engine: Engine) -> str:
