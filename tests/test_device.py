@@ -6,6 +6,8 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +76,25 @@ def test_a_cpu_that_emulates_a_precision_is_named(
             assert pick_precision(asked, CPU) == precision
         expected = f"this processor has no instructions for {precision}, which is slower than fp32 here"
         assert [str(warning.message) for warning in said] == [expected] * (asked in emulated)
+
+
+@pytest.mark.parametrize(("card", "precision"), [(0, "bf16"), (1, "fp16")])
+def test_the_card_that_trains_is_asked_for_bf16(card: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]  # PyTorch's own, whatever trains
+
+    @contextmanager
+    def switched(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr("torch.cuda.device", switched)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: current[-1] == 0)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"card {device.index}")
+    assert pick_precision("auto", torch.device("cuda", card)) == precision
+    if precision == "fp16":
+        with pytest.raises(ValueError, match="card 1 has no bf16; use --precision fp16 or fp32"):
+            pick_precision("bf16", torch.device("cuda", card))
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -65,7 +65,8 @@ def pick_precision(name: str, device: torch.device) -> str:
             text = f"this processor has no instructions for {name}, which is slower than fp32 here"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return name
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.cuda.device(device):  # which is the one that PyTorch looks at
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and not has_bf16:
         raise ValueError(f"{device_name(device)} has no bf16; use --precision fp16 or fp32")
     if name == "auto":
