@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import zlib
@@ -44,15 +45,13 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     """
     path = _regular(path)
     with made_folder(path.parent, of=path):
+        temporary = _hidden(path)
         with _making(path):
-            handle, name = tempfile.mkstemp(prefix=_hidden(path), suffix=".tmp", dir=path.parent)
-            os.close(handle)
-        temporary = Path(name)
+            temporary.touch(exist_ok=False)  # not by tempfile, whose files and folders are private
         try:
             with _filling(path):
                 yield temporary
                 _sync(temporary)
-                temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
                 temporary.replace(path)
         except IsADirectoryError as error:
             raise OSError(f"cannot write {path}: {error.strerror}; choose another name") from error
@@ -71,15 +70,15 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     with made_folder(path.parent, of=path):
+        temporary = _hidden(path)
         with _making(path):
-            temporary = Path(tempfile.mkdtemp(prefix=_hidden(path), suffix=".tmp", dir=path.parent))
+            temporary.mkdir()
         try:
             with _filling(path):
                 yield temporary
                 for file in temporary.rglob("*"):
                     if file.is_file():
                         _sync(file)
-            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
             with _making(path):
                 temporary.rename(path)
         finally:
@@ -156,10 +155,10 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
     if path.is_file() and (is_other or not _begins(path, begins)):
         raise OSError(f"cannot write {path}: it is there, and something else; {remedy}, or remove it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
+    probe = folder / _hidden(path).name
     with _making(path, remedy):
-        handle, name = tempfile.mkstemp(prefix=_hidden(path), suffix=".tmp", dir=folder)
-        os.close(handle)
-        Path(name).unlink()
+        probe.touch(exist_ok=False)
+        probe.unlink()
 
 
 def _is_output(path: Path) -> bool:
@@ -335,9 +334,10 @@ def _making(path: Path, remedy: str = "choose another output folder") -> Iterato
         raise type(error)(f"cannot write {path}: {error.strerror}; {remedy}") from error
 
 
-def _hidden(path: Path) -> str:
-    """How names beside `path` begin that are made temporary: no longer, with 12 characters more, than a long one."""
-    return f".{path.name if len(os.fsencode(path.name)) < 100 else path.name[:-14]}."
+def _hidden(path: Path) -> Path:
+    """A name beside `path` for what is made there, which nothing else has; no longer than a long one."""
+    name = path.name if len(os.fsencode(path.name)) < 100 else path.name[:-14]
+    return path.parent / f".{name}.{secrets.token_hex(4)}.tmp"
 
 
 @contextmanager
@@ -359,9 +359,3 @@ def _sync(path: Path) -> None:
         except OSError as error:
             if error.errno not in _CANNOT_SYNC:
                 raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
