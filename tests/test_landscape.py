@@ -316,7 +316,9 @@ class TestRefusals:
         np.savez(tmp_path / "other.npz", images=np.zeros(3))
         save_landscape(tmp_path / "cut.npz", bowl())
         (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:700])
-        for name in ("text", "other", "cut"):
+        save_landscape(tmp_path / "smaller.npz", dataclasses.replace(bowl(), sdt_loss=bowl().sdt_loss[:, :, 1:]))
+        save_landscape(tmp_path / "beyond.npz", dataclasses.replace(bowl(), finished=bowl().total + 1))
+        for name in ("text", "other", "cut", "smaller", "beyond"):
             with pytest.raises(ValueError, match=rf"{name}\.npz is not a landscape, or damaged"):
                 measure_landscape({"a": classifier_of()}, *digits(), CONFIG, tmp_path / f"{name}.npz")
         with pytest.raises(FileNotFoundError, match=r"none\.npz does not exist"):

@@ -1089,6 +1089,16 @@ def test_too_many_values_at_once_are_refused() -> None:
         program.encode()
 
 
+def test_states_that_become_one_another_are_refused() -> None:
+    program = Program()
+    first, second = program.state(), program.state()
+    program.stores = [(program.add(Op.ADD, first, second), 0, 0)]
+    assert program.encode()
+    program.kept[second] = first
+    with pytest.raises(ValueError, match="a state becomes another one"):
+        program.encode()
+
+
 def test_a_long_chain_is_one_node() -> None:
     names = ["x", *(f"a{k}" for k in range(1, 1500)), "y"]
     adds = [helper.make_node("Add", [one, "x"], [other]) for one, other in itertools.pairwise(names)]

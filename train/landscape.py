@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -234,6 +235,9 @@ def load_landscape(path: Path | str) -> Landscape:
         arrays = {name: file[name] for name in ("alphas", "betas", *_SURFACES)}
         settings = parse_json(str(file["settings"]))
         names, finished = tuple(str(name) for name in file["names"]), int(file["finished"])
+        grid = (len(names), len(arrays["alphas"]), len(arrays["betas"]))
+        if any(arrays[name].shape != grid for name in _SURFACES) or not 0 <= finished <= math.prod(grid):
+            raise ValueError("its values are not those of its grid")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -90,8 +90,11 @@ class Program:
         """The attribute `program`.
 
         Raises:
-            ValueError: more values are needed at once than there are registers.
+            ValueError: more values are needed at once than there are registers; a state becomes another one, which may
+                have its next value by then.
         """
+        if any(value in self.kept and value != state for state, value in self.kept.items()):
+            raise ValueError("a state becomes another one")
         instructions = self._in_order()
         last = {value: k for k, step in enumerate(instructions) for value in _read(step)}
         free, encoded, used = list[int](), list[int](), len(self.kept)
