@@ -495,6 +495,12 @@ def test_scales_cover_what_they_are_asked_to() -> None:
     assert narrow.scale < histogram.least_squares().scale < wide.scale
 
 
+def test_more_currents_are_counted_than_float32_counts() -> None:
+    histogram = CurrentHistogram()
+    histogram.add(torch.zeros(2, 2**23 + 1))
+    assert histogram.counts is not None and histogram.counts.sum() == 2**24 + 2
+
+
 def test_a_percentile_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bins of width 1 from -3 to 3, which hold 0, 5, 45, 40, 9 and 1 of 100 currents."""
     monkeypatch.setattr("tetdeploy.int8.calibration._BINS", 6)

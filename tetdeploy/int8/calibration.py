@@ -109,7 +109,8 @@ class CurrentHistogram:
             self.low, self.high = self.lowest - reach, self.highest + reach
             self.counts = torch.zeros(_BINS, dtype=torch.float64)
         self._widen()
-        self.counts += torch.histc(current.float(), _BINS, self.low, self.high).double().cpu()
+        for part in current.float().flatten().split(2**24):  # `histc` counts in float32
+            self.counts += torch.histc(part, _BINS, self.low, self.high).double().cpu()
 
     def _widen(self) -> None:
         """Double the range, towards where currents lie outside, until it holds them: two bins become one."""
