@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 
 import tetdeploy
 from tetdeploy.cli import main
+from tetdeploy.cli.evaluate import _batches
 from tetdeploy.cli.inputs import as_model_input
 from tetdeploy.data import ImageFiles, image_files, load_data, split_validation
 from tetdeploy.data.image_files import centre_crop
@@ -109,6 +110,15 @@ def test_slices_in_a_row_are_decoded_ahead(imagenet: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(x[20:30], whole[20:30])
     np.testing.assert_array_equal(x[30:40], whole[30:])
     assert len(read) == 36
+
+
+def test_evaluate_reads_ahead(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = files_of(imagenet), []
+    read = image_files.FileImages.__getitem__
+    monkeypatch.setattr(image_files.FileImages, "__getitem__", lambda x, index: asked.append(x) or read(x, index))
+    batches = list(_batches(data, 10, torch.device("cpu"), None))
+    assert [len(batch) for batch in batches] == [10, 10, 10, 6]
+    assert len(asked) == 4 and all(x is asked[0] for x in asked)  # one, which knows what it was asked for before
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (40, 300), (256, 256), (333, 257)])

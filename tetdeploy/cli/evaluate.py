@@ -275,8 +275,9 @@ def _batches(images: Any, size: int, device: torch.device, tick: Any) -> Iterato
 
     from tetdeploy.batches import parts
 
+    x = images.x  # one object, which reads ahead what lies on disk
     for part in parts(len(images), size, tick):
-        yield torch.from_numpy(np.ascontiguousarray(images.x[part])).to(device)
+        yield torch.from_numpy(np.ascontiguousarray(x[part])).to(device)
 
 
 def _print(result: Mapping[str, Any]) -> None:
