@@ -596,6 +596,11 @@ def test_folder_order_is_mixed_and_repeatable(tmp_path: Path) -> None:
     assert set(first.labels[:10]) == {0, 1}
 
 
+def test_the_test_images_of_a_folder_hold_no_others_in_memory(tmp_path: Path) -> None:
+    images = load_data(f"folder:{make_tree(tmp_path)}", "test", data_dir=NO_DATA).images
+    assert images.base is None or images.base.nbytes == images.nbytes
+
+
 def test_folder_statistics_are_of_the_training_images(tmp_path: Path) -> None:
     root = make_tree(tmp_path)
     for path in (root / "test").rglob("*.*"):
@@ -752,6 +757,12 @@ def test_cache_is_used_until_a_source_changes(tmp_path: Path, cache_folder: Path
         before = len(calls)
         assert len(get()) == before + 1  # made anew,
         assert len(get()) == before + 1  # and kept
+
+
+def test_a_long_folder_name_is_cached_too(tmp_path: Path, cache_folder: Path) -> None:
+    for name in ("n" * 250, "é" * 125, "\udcff" * 120):
+        load_data(f"folder:{make_tree(tmp_path / name)}", "train", data_dir=NO_DATA)
+    assert len(list(cache_folder.iterdir())) == 3
 
 
 def test_cache_sees_files_change_places_that_have_one_size_and_time(tmp_path: Path) -> None:

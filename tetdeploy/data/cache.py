@@ -51,6 +51,11 @@ class Cache:
         return arrays
 
 
+def readable(root: Path) -> str:
+    """A folder's name, as it begins the name of a file: one of 255 bytes would leave no room for the rest."""
+    return os.fsencode(root.resolve().name)[:100].decode(errors="ignore")
+
+
 def _fingerprint(root: Path, sources: Iterable[Path | str]) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
     above = str(root / "x")[:-1]

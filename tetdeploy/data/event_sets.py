@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from tetdeploy.system.extras import import_extra
 
-from .cache import Arrays, Cache
+from .cache import Arrays, Cache, readable
 from .cifar import CIFAR10
 from .download import download
 from .events import READERS, Binning, Framing, Size, decode_recordings, frame_size, measure_sensor
-from .folder import class_files, in_mixed_order, refuse_different_classes
+from .folder import class_files, in_mixed_order, one_part, refuse_different_classes
 from .frames import NUM_MEASURED, FrameSet, count_statistics
 from .images import mixed_order
 from .labelled import Split
@@ -56,13 +56,13 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning, trained:
     def decode() -> Arrays:
         return {"frames": decode_recordings(list(map(Path, paths)), binning, sensor, text=root.name)}
 
-    key = f"events-{root.resolve().name}-{_suffix(binning)}-{sensor[1]}x{sensor[0]}"
+    key = f"events-{readable(root)}-{_suffix(binning)}-{sensor[1]}x{sensor[0]}"
     frames = cache.get(key, decode)["frames"]
     num_train = sum(map(len, train.values()))
     mean, std = count_statistics(frames[:num_train])
-    part = slice(num_train) if split == "train" else slice(num_train, None)
+    frames, labels = one_part(split, num_train, frames, labels)
     framing = Framing(binning.by, sensor)
-    return FrameSet(f"events:{root}", split, frames[part], labels[part], tuple(train), mean, std, framing)
+    return FrameSet(f"events:{root}", split, frames, labels, tuple(train), mean, std, framing)
 
 
 def _sensor(root: Path, paths: list[str], cache: Cache, trained: Framing | None) -> Size:
@@ -70,7 +70,7 @@ def _sensor(root: Path, paths: list[str], cache: Cache, trained: Framing | None)
         size, is_said = measure_sensor(list(map(Path, paths)), text=f"measuring {root.name}")
         return {"sensor": np.array(size), "is_said": np.array(is_said)}
 
-    measured = cache.get(f"sensor-{root.resolve().name}", measure)
+    measured = cache.get(f"sensor-{readable(root)}", measure)
     height, width = map(int, measured["sensor"])
     if measured["is_said"]:
         return height, width

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tetdeploy.class_names import other_form
 from tetdeploy.wording import shorten
 
-from .cache import Arrays, Cache
+from .cache import Arrays, Cache, readable
 from .decoding import SUFFIXES, ImageFile, decode_images
 from .images import ImageSet, channel_statistics, mixed_order
 from .labelled import Split
@@ -47,11 +47,21 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
         files = [ImageFile(path, Path(path).read_bytes) for path in paths]
         return {"images": decode_images(files, text=f"decoding {root.name}")}
 
-    images = Cache(root, paths).get(f"folder-{root.resolve().name}", decode)["images"]
+    images = Cache(root, paths).get(f"folder-{readable(root)}", decode)["images"]
     num_train = sum(map(len, train.values()))
     mean, std = channel_statistics(images[:num_train])
-    part = slice(num_train) if split == "train" else slice(num_train, None)
-    return ImageSet(f"folder:{root}", split, images[part], labels[part], tuple(train), mean, std)
+    images, labels = one_part(split, num_train, images, labels)
+    return ImageSet(f"folder:{root}", split, images, labels, tuple(train), mean, std)
+
+
+def one_part(
+    split: Split, num_train: int, x: NDArray[np.uint8], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Those of a split, where the training's come first. A copy of the test split, so that the other one, the larger
+    as a rule, does not stay in memory."""
+    if split == "train":
+        return x[:num_train], labels[:num_train]
+    return x[num_train:].copy(), labels[num_train:]
 
 
 def class_files(folder: Path, *, suffixes: tuple[str, ...] = SUFFIXES, kind: str = "images") -> ClassFiles:
