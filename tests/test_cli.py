@@ -39,7 +39,7 @@ from tetdeploy.cli.characters import _like
 from tetdeploy.cli.errors import CleanErrors, CleanGroup
 from tetdeploy.cli.export import _next as after_export
 from tetdeploy.cli.inputs import load_classifier
-from tetdeploy.cli.predict import _read_image
+from tetdeploy.cli.predict import _print, _read_image
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data, save_npz
 from tetdeploy.engine import Engine
@@ -393,6 +393,11 @@ class TestCommands:
         first, last = (np.argsort(-expected[:, t], axis=-1)[:, :2] for t in (0, -1))
         assert shown == [engine.class_names[k] for k in last.ravel()]
         assert (first != last).any()
+
+    def test_predict_shows_the_first_of_equal_classes_first(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """As the class that counts is the first of them."""
+        _print(Path("a.png"), np.full((1, 4), 0.25), ("one", "two", "three", "four"), 2)
+        assert re.findall("one|two|three|four", capsys.readouterr().out) == ["one", "two"]
 
     def test_predict_cuts_what_is_too_wide_and_squeezes_nothing(self, workplace: Path) -> None:
         wide = np.full((8, 24), 200, np.uint8)

@@ -860,6 +860,8 @@ class TestRefusals:
         one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two")
         write(two / "m.sweep.json", result(kind="sweep"))
         write(one / "m.validate.json", result())
+        for kind in ("sweep", "bench"):  # macOS's, of which nobody need know
+            (one / f"._m.{kind}.json").write_bytes(b"\x00\x05\x16\x07")
         cut, bench = one / "m.sweep.json", one / "m.bench.json"
         cut.write_text('{"kind": "swe')
         write(bench, {"kind": "bench"})

@@ -279,6 +279,8 @@ class TestAgainst:
     def test_options_that_go_with_it(self) -> None:
         assert "go with --against" in refused(MODEL, "--num-torch", "5", code=2)
         assert "go with --against" in refused(MODEL, "--model", "a:b", code=2)
+        for option in (("--limit", "3"), ("--data-dir", "."), ("--restart",)):
+            assert "go with --data or --against" in refused(MODEL, *option, code=2)
 
     def test_without_torch(self) -> None:
         script = "import sys; sys.modules['torch'] = None\nfrom tetdeploy.cli import main\nmain()"

@@ -97,7 +97,7 @@ def _print(path: Path, certainty: Any, class_names: tuple[str, ...], top: int) -
 
     from tetdeploy.report.result_table import ResultTable
 
-    order = certainty[-1].argsort()[::-1][:top]
+    order = (-certainty[-1]).argsort(kind="stable")[:top]
     steps = (f"T={t}" for t in range(1, len(certainty) + 1))
     table = ResultTable("class", numbers=steps, title=Text(str(path), style="table.title"))
     for k in order:

@@ -21,6 +21,7 @@ from tetdeploy.cli.options import (
     result_option,
     steps_option,
 )
+from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import command_line, console, image_bar, progress_bar, say_next
 from tetdeploy.storage.files import write_json
 from tetdeploy.system.extras import import_extra
@@ -104,11 +105,13 @@ def validate(
     """
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
+    if against is None and data is None and (limit is not None or restart or is_typed(ctx, "data_dir")):
+        raise click.UsageError("--limit, --data-dir and --restart go with --data or --against")
     engine = chosen.engine()
     note_other_checkpoint(engine)
     json_path = output_path(json_path, engine, ".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
-    if restart and (against is not None or data is not None):
+    if restart:
         partial_path.unlink(missing_ok=True)
     job = _Job(engine, steps, gates, batch_size)
     try:

@@ -105,7 +105,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def result_files(folder: Path) -> dict[str, list[Path]]:
     """The results in a run folder, by the exported model that they are of."""
     files: dict[str, list[Path]] = {}
-    found = [file for kind in KINDS for file in folder.glob(f"*.{kind}.json")]
+    found = [file for kind in KINDS for file in folder.glob(f"[!.]*.{kind}.json")]  # macOS writes `._` beside files
     for file in sorted(found, key=lambda file: (model_stem(file), file.name)):
         files.setdefault(model_stem(file), []).append(file)
     return files

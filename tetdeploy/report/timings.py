@@ -44,7 +44,7 @@ def read_benches(folders: Mapping[str, Path], files: Sequence[Path], notes: list
 def _named(folders: Mapping[str, Path], files: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     seen = set()
     for run, folder in folders.items():
-        for file in sorted(folder.glob(f"*{_SUFFIX}")):
+        for file in sorted(folder.glob(f"[!.]*{_SUFFIX}")):
             seen.add(file.resolve())
             yield f"{run} {file.name.removesuffix(_SUFFIX)}", file
     for file in files:
