@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ import tetdeploy
 from tetdeploy.checkpoint import read_checkpoint, save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.beginnings import note_trained_on
+from tetdeploy.cli.inputs import load_part
 from tetdeploy.cli.terminal import command_line
 from tetdeploy.data import FrameSet, load_data, save_npz, split_validation
 from tetdeploy.export.trained import Trained
@@ -162,7 +164,9 @@ def test_the_class_of_each_image_is_kept(runs: Path) -> None:
     classifier = ann()
     classifier.data = "turned.npz"
     save_checkpoint(runs / "turned" / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
-    result = run("runs/snn", "runs/turned", "--T", "1", "--limit", "9", "--predictions", "q.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["tetdeploy.cli.evaluate"], "_measure", None)  # it is refused before
+        result = run("runs/snn", "runs/turned", "--T", "1", "--limit", "9", "--predictions", "q.npz")
     assert result.exit_code == 1
     assert "--predictions: runs/turned is measured on other images than runs/snn; choose --data" in result.stderr
     assert not Path("q.npz").exists()
@@ -237,8 +241,12 @@ def test_mean_and_deviation_over_seeds(runs: Path) -> None:
             save_checkpoint(run_of / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
     told = [{"seed": seed, "interrupted": seed == 1} for seed in (0, 1)]  # 1 was resumed by itself, 2 was killed
     (runs / "tet" / "summary.json").write_text(json.dumps({"runs": told}))
-    result = run("runs/tet", "runs/snn", "runs/twins", "--T", "1,2", "--json", "e.json")
+    with pytest.MonkeyPatch.context() as patch:
+        load = Mock(side_effect=load_part)
+        patch.setattr(sys.modules["tetdeploy.cli.evaluate"], "load_part", load)
+        result = run("runs/tet", "runs/snn", "runs/twins", "--T", "1,2", "--json", "e.json")
     assert result.exit_code == 0, result.output
+    load.assert_called_once()  # all were trained on the same data
     content = json.loads(Path("e.json").read_text())
     names = ["tet/seed-0", "tet/seed-1", "tet/seed-2", "snn", "twins/seed-0"]
     assert [row["run"] for row in content["runs"]] == [f"runs/{name}" for name in names]

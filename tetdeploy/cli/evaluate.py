@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ from tetdeploy.wording import first_line
 if TYPE_CHECKING:
     import torch
 
+    from tetdeploy.checkpoint import Checkpoint
     from tetdeploy.networks import Classifier
 
 
@@ -117,23 +120,32 @@ def evaluate(
     beaten = {run for found in seeds.values() for run in found} - best
     rows, following = list[dict[str, Any]](), list[tuple[Path | str, ...]]()
     predicted = list[dict[int, NDArray[np.int64]]]()
-    labels: NDArray[np.int64] | None = None  # of the first run
-    for path in (run for given in checkpoints for run in seeds.get(given) or [given]):
-        checkpoint = read_checkpoint(path)
-        file, metadata, sha256 = checkpoint.file, checkpoint.metadata, checkpoint.sha256
-        classifier = load_classifier(checkpoint, model)
-        del checkpoint  # its tensors
-        name = trained_on(metadata, file) if data is None else data
-        own_file = split == "test" and is_own_file(name, metadata["data"]["name"])
-        if own_file and name not in (row["data"] for row in rows if "trained_on" in row):
-            note_own_file(name)
-        images = _images(name, split, limit, data_dir, metadata)
-        labels = images.labels if labels is None else labels
-        if predictions is not None and not np.array_equal(images.labels, labels):
+    paths = [run for given in checkpoints for run in seeds.get(given) or [given]]
+    load = lru_cache(maxsize=1)(_load)  # seeds are measured on the same images
+
+    def images_of(checkpoint: Checkpoint) -> Any:
+        metadata = checkpoint.metadata
+        name = trained_on(metadata, checkpoint.file) if data is None else data
+        fraction = float(metadata["training"].get("val_fraction", 0.0))
+        return load(name, split, limit, data_dir, fraction, trained_T(metadata), json.dumps(metadata["data"]))
+
+    labels: NDArray[np.int64] | None = None  # that all runs share, for --predictions
+    for path in paths if predictions is not None else ():
+        own = images_of(read_checkpoint(path)).labels
+        labels = own if labels is None else labels
+        if not np.array_equal(own, labels):
             raise ValueError(
-                f"--predictions: {path} is measured on other images than {rows[0]['run']}; choose --data, or write a "
-                "file for each"
+                f"--predictions: {path} is measured on other images than {paths[0]}; choose --data, or write a file "
+                "for each"
             )
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        metadata, sha256 = checkpoint.metadata, checkpoint.sha256
+        classifier, images = load_classifier(checkpoint, model), images_of(checkpoint)
+        del checkpoint  # its tensors
+        own_file = split == "test" and is_own_file(images.name, metadata["data"]["name"])
+        if own_file and images.name not in (row["data"] for row in rows if "trained_on" in row):
+            note_own_file(images.name)
         wanted = _steps(steps, classifier, trained_T(metadata))
         qat = bool(metadata["training"].get("qat"))
         if classifier.config.is_spiking and path not in beaten:
@@ -173,11 +185,9 @@ def evaluate(
         say_next("export", *following[0], *(("--model", model) if model else ()))
 
 
-def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any]) -> Any:
-    """The images to measure on."""
-    fraction = float(metadata["training"].get("val_fraction", 0.0))
-    T, known = trained_T(metadata), metadata["data"]
-    images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
+def _load(name: str, split: str, limit: int | None, data_dir: Path, fraction: float, T: int, known: str) -> Any:
+    """The images to measure on; `known` is JSON."""
+    images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=json.loads(known))
     return images if limit is None else images.select(slice(limit))
 
 
