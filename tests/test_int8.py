@@ -923,10 +923,15 @@ def test_calibration_does_not_write_over_the_images() -> None:
 
 
 def test_sums_too_large_to_be_exact_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = Moved(*SUMS[:3], lambda s: torch.stack([s, doubled(s, 6)])[1], lambda s: torch.cat([doubled(s, 6), s], 2))
+    network = Moved(
+        *SUMS[:3],
+        lambda s: torch.stack([s, doubled(s, 6)])[1],
+        lambda s: torch.cat([doubled(s, 6), s], 2),
+        lambda s: doubled(1 - s, 5),  # 32
+    )
     module = Tracer(classifier(network), encoding="direct", uint8=True).folded(2)
     monkeypatch.setattr(quantisation, "_EXACT", 64 * 127 * 4 * 9)
-    assert list(spiking_convolutions(module).values()) == ["branches.0.0", "branches.1.0"]
+    assert list(spiking_convolutions(module).values()) == ["branches.0.0", "branches.1.0", "branches.5.0"]
 
 
 def written_over(value: Tensor) -> Tensor:
