@@ -396,9 +396,16 @@ class Biased(nn.Module):
         return logits
 
 
-def test_the_gate_lets_a_bias_and_a_current_round_by_half_a_step_each() -> None:
-    scales = {"conv.0": CurrentScale(float(np.float32(0.1)), 0)}
-    network = Int8Network(Tracer(classifier(Biased()), encoding="direct", uint8=True), scales)
+@pytest.mark.parametrize("size", [1, 1000.3, -1])
+@pytest.mark.parametrize("zero", [0, 245, 255])
+def test_the_gate_lets_a_bias_and_a_current_round_by_half_a_step_each_and_clip(size: float, zero: int) -> None:
+    """Of currents up to 3.15, or down to -3.15, 245 leaves ten steps above 0, 255 none there, and 0 none below it."""
+    biased = Biased()
+    with torch.no_grad():
+        for parameter in biased.conv.parameters():
+            parameter.mul_(size)
+    scales = {"conv.0": CurrentScale(float(np.float32(0.1 * abs(size))), zero)}
+    network = Int8Network(Tracer(classifier(biased), encoding="direct", uint8=True), scales)
     network.check_layers(torch.from_numpy(digits().images[:4]), 2)
 
 
