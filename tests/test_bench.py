@@ -128,10 +128,12 @@ def test_repeats_are_exact(model: Path, clocked: Any) -> None:
 def test_seconds_end_it_but_every_setting_has_a_turn(model: Path, clocked: Any) -> None:
     clock = clocked(lambda call, k: 0.75 / (CALLS_PER_TURN + 1))
     timing = Bench(model, batches=[1, 8], threads=[1])
-    timing.run(random_input(timing.engine, 4), seconds=0.01)
-    assert [row["calls"] for row in timing.rows] == [CALLS_PER_TURN] * 2
-    begun = clock.now
     shares: list[float] = []
+    timing.run(random_input(timing.engine, 4), seconds=0.01, share_done=shares.append)
+    assert [row["calls"] for row in timing.rows] == [CALLS_PER_TURN] * 2
+    assert shares == [0.0, 1.0]  # though it has taken longer than it was to
+    begun = clock.now
+    shares.clear()
     timing.run(random_input(timing.engine, 4), seconds=6.0, share_done=shares.append)
     assert clock.now - begun == 6.0 and shares == [turn / 8 for turn in range(8)]
 
