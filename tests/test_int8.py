@@ -470,6 +470,8 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
         quantise(module, {"same.0": scale})
     monkeypatch.undo()
     quantise(module, {"same.0": scale, "dropped.2": scale})
+    left = {name.split(".")[2] for name, _ in module.named_parameters()}  # in float32
+    assert "uneven" in left and not left & {"same", "dropped"}
     after = module(x)[0]
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, before, rtol=0.0, atol=0.05 * float(before.abs().max()))
@@ -752,8 +754,13 @@ def test_convolutions_of_other_parameters_have_scales_of_their_own(trainable: bo
     module = Tracer(classifier(Twice()), encoding="direct", uint8=True).folded(3, trainable=trainable)
     names = list(spiking_convolutions(module).values())
     assert names == ["network", "network#2", "shared", "shared#2"] * 3
-    scales = {name: CurrentScale(k, 9) for k, name in enumerate(dict.fromkeys(names))}
+    x = torch.from_numpy(digits().images[:20])
+    before = module(x)[0].detach()
+    scales = {name: CurrentScale(0.2 + k / 100, 128) for k, name in enumerate(dict.fromkeys(names))}
     assert quantise(module, scales, trainable=trainable) == names
+    after = module(x)[0].detach()  # of calls that leave out strides, padding and groups
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, before, rtol=0.0, atol=0.05 * float(before.abs().max()))
 
 
 class ReadsTwo(nn.Module):
