@@ -449,8 +449,14 @@ def test_python_refuses_the_same(model: Path) -> None:
         Bench(model, batches=[1, 0], threads=[1])
     with pytest.raises(ValueError, match="T must be at least 1, got 0"):
         Bench(model, batches=[1], threads=[1], steps=[0])
+    with pytest.raises(ValueError, match="unknown runtime 'none'"):
+        Bench(model, batches=[1], threads=[1], runtime="none")
     timing = Bench(model, batches=[1], threads=[1])
     with pytest.raises(ValueError, match="repeats and seconds must be above 0, got 0"):
         timing.run(random_input(timing.engine, 4), repeats=0)
     with pytest.raises(ValueError, match=r"takes input of shape \[N, 1, 8, 8\]"):
         timing.run(np.zeros((1, 3, 8, 8), np.uint8))
+    timing = Bench(exported("unrolled", T=3), batches=[1], threads=[1], steps=[1, 2, 3, 5])
+    with pytest.raises(ValueError, match="is unrolled to T=3 and cannot run T=5"):
+        timing.run(random_input(timing.engine, 3), repeats=1)
+    assert timing.rows == []  # it was refused before the others were timed
