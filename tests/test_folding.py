@@ -123,6 +123,7 @@ def test_equation_6_by_hand() -> None:
         bn.running_var.fill_(3.5)
     folded = fold_batchnorm(traced(network, randn(3, 2)))
     values = {name.rpartition(".")[2]: value.tolist() for name, value in folded.named_parameters()}
+    assert not any(value.requires_grad for value in folded.parameters())
     assert values == {
         "weight": [[6.0, -9.0]],
         "bias": [7 + (5 - 1) * 6 / 2],
@@ -561,6 +562,11 @@ class Vector(nn.Module):
         return nn.functional.linear(x, self.weight)
 
 
+class Gram(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, x)
+
+
 REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "before everything": (
         named(first=nn.BatchNorm2d(2), conv=nn.Conv2d(2, 4, 3)),
@@ -656,6 +662,11 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
         named(conv=weight_normed(), bn=nn.BatchNorm2d(4)),
         (2, 2, 4, 4),
         r"BN 'bn': \w+ \(conv\.parametrizations.*\) is computed in the network, not a parameter of it; remove the para",
+    ),
+    "weights that are the input": (
+        named(gram=Gram(), bn=nn.BatchNorm1d(4)),
+        (4, 4),
+        r"BN 'bn': (\w+) \(\1\) is computed in the network, not a parameter of it; put a plain layer with the weight",
     ),
     "weights that the layer's own forward computes": (
         named(conv=Standardised(2, 4, 3), bn=nn.BatchNorm2d(4)),
