@@ -577,6 +577,18 @@ class TestReading:
         monkeypatch.setattr("tetdeploy.report.staleness.json_object", None)  # for the note alone
         assert read_results([run]).notes == ()
 
+    def test_results_of_the_model_that_is_there_come_before_those_of_another(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        model = run / "model-T3.onnx"
+        model.write_bytes(b"a new export")
+        kept = without(["accuracy"], data="reference images", model=str(model), model_sha256=sha256_of(model))
+        write(run / "model-T3.validate.json", kept)
+        old = write(run / "model-T3.sweep.json", result(kind="sweep", model=str(model)))
+        results = read_results([run])
+        assert [m.files for m in results.measurements] == [(run / "model-T3.validate.json",)]
+        (note,) = results.notes
+        assert note.startswith(f"Left out: {old} is of another model") and "measure again: tetdeploy sweep " in note
+
     def test_a_result_of_another_checkpoint_than_the_runs_is_told(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
         checkpoint = run / "checkpoint.safetensors"
