@@ -389,7 +389,7 @@ def test_a_rule_of_an_earlier_version_is_no_point_estimate(tmp_path: Path) -> No
     content = {"threshold": 0.5, "criterion": "margin", "min_T": 1, "T": 4, "model_sha256": sha256_of(model)}
     for confident, written in ((True, content), (False, content | {"confident": False})):
         exit_path(model).write_text(json.dumps(written))
-        assert load_rule(model) == (Exit(0.5, "margin"), 4, confident)
+        assert load_rule(model) == (Exit(0.5, "margin"), 4, confident, None)
 
 
 def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_path: Path) -> None:
@@ -397,8 +397,9 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())
     assert content == json.loads((tmp_path / "copy.json").read_text())
-    exit, calibrated_T, _ = load_rule(model)
+    exit, calibrated_T, _, images_sha256 = load_rule(model)
     assert (exit.threshold, exit.criterion, calibrated_T) == (content["threshold"], content["criterion"], T)
+    assert images_sha256 == content["images_sha256"]
     assert content["fixed_accuracy"] == 1.0 and 0.95 <= content["accuracy"] < 1 and content["mean_T"] < T
     assert sum(content["num_images_by_steps"]) == content["num_samples"] == 120
     steps = sum(t * count for t, count in enumerate(content["num_images_by_steps"], start=1))
@@ -415,10 +416,13 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert result["early_exit"]["accuracy"] == pytest.approx(content["accuracy"])
     assert f"{content['mean_T']:.2f}" in done.output and "time of the run" in done.output
     assert "promises nothing" not in done.output
+    same = "the threshold was found on these very images"
+    assert same in done.output
     options = "--limit", 50, "--batch-size", 16, "--json", tmp_path / "longer.json"
     done = run("early-exit", model, "--data", held_out, "--T", T + 1, *options)
     said = " ".join(done.output.split())
     assert done.exit_code == 0 and f"was found for T={T} and promises nothing against T={T + 1}; for that run" in said
+    assert same not in said  # but on more of them
     longer = json.loads((tmp_path / "longer.json").read_text())
     assert (longer["data"], longer["num_samples"]) == (str(held_out), 50)
     assert [longer["early_exit"][key] for key in ("T", "batch_size")] == [T + 1, 16]
@@ -678,7 +682,7 @@ def test_a_set_that_was_not_trained_on_is_taken_whole(
     done = run("calibrate", model, "--data", "digits", "--T", 1, *(("--split", split) if split else ()))
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())
-    assert (content["data"], content["num_samples"]) == (f"digits ({split or 'train'} split, not trained on)", count)
+    assert (content["data"], content["num_samples"]) == (f"digits ({split or 'train'} split, of other data)", count)
 
 
 def test_the_same_set_by_another_name_is_known(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

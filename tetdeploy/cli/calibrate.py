@@ -101,6 +101,7 @@ def calibrate(
     from tetdeploy.early_exit import CRITERIA, exit_path
     from tetdeploy.early_exit.threshold import check_min_T, find_threshold, run_answers
     from tetdeploy.report.early_exit import calibration_shown
+    from tetdeploy.storage.provenance import images_sha256
 
     engine = chosen.engine()
     note_other_checkpoint(engine)
@@ -115,7 +116,7 @@ def calibrate(
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
         answers = run_answers(engine, x, labels, T, batch_size=batch_size, tick=tick)
     found = find_threshold(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
-    result = found.to_dict(engine, name)
+    result = found.to_dict(engine, name) | {"images_sha256": images_sha256(x, labels)}
     for path in written:
         write_json(path, result)
     for part in calibration_shown(result):

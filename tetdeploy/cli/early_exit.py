@@ -64,20 +64,26 @@ def early_exit(
     engine = chosen.engine()
     note_other_checkpoint(engine)
     engine.check_early_exit()
-    exit, calibrated_T, confident = load_rule(engine.path)
-    T = T or calibrated_T
-    check_calibrated(engine.path, calibrated_T, T)
-    if calibrated_T < T:
+    rule = load_rule(engine.path)
+    T = T or rule.T
+    check_calibrated(engine.path, rule.T, T)
+    if rule.T < T:
         console.print(
-            f"the threshold was found for T={calibrated_T} and promises nothing against T={T}; for that run "
+            f"the threshold was found for T={rule.T} and promises nothing against T={T}; for that run "
             + command_line("calibrate", engine.path, "--T", T),
             style="yellow",
         )
     json_path = output_path(json_path, engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
-        result = measure(engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=tick)
-    result["early_exit"]["confident"] = confident
+        result = measure(engine, x, labels, rule.exit, T, data=name, batch_size=batch_size, tick=tick)
+    result["early_exit"]["confident"] = rule.confident
+    if result["images_sha256"] == rule.images_sha256:
+        console.print(
+            "the threshold was found on these very images, so what it keeps looks better than it is; give others with "
+            "--data",
+            style="yellow",
+        )
     write_json(json_path, result)
     for part in savings_shown(result):
         console.print(part)

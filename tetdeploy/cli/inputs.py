@@ -130,9 +130,9 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
         )
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     check_classes(engine.path.name, engine.class_names, name, images.class_names)
-    chosen = images.select(slice(limit))
+    chosen = images if limit is None else images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
-    what = {"validation": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, not trained on"
+    what = {"validation": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, of other data"
     return f"{name} ({what})", x, chosen.labels
 
 

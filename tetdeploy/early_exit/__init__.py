@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ _FORM = {
     "T!": STEP,
     "confident": bool,
     "model_sha256!": str,
+    "images_sha256": str,
 }
 
 
@@ -104,10 +105,10 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
         ValueError: `model` is no path, or a folder; the rule's file is damaged, is that of another model, or was found
             for more steps than T.
     """
-    found, calibrated_T, _ = load_rule(model)
+    rule = load_rule(model)
     if T is not None:
-        check_calibrated(model, calibrated_T, T)
-    return found
+        check_calibrated(model, rule.T, T)
+    return rule.exit
 
 
 def why_unfit(model: Path) -> str | None:
@@ -131,9 +132,18 @@ def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
         )
 
 
-def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, int, bool]:
-    """The rule of a model, the T that it was found for, and whether it is confident, no point estimate. Raises: as
-    `load_exit` without T.
+class Rule(NamedTuple):
+    """A rule, the T and the images (`images_sha256`; an earlier version did not say) that it was found for, and whether
+    it is confident, no point estimate."""
+
+    exit: Exit
+    T: int
+    confident: bool
+    images_sha256: str | None
+
+
+def load_rule(model: Path | str, *, sha256: str | None = None) -> Rule:
+    """The rule of a model. Raises: as `load_exit` without T.
 
     Args:
         sha256: of the `.onnx` file as it was loaded; None reads it.
@@ -153,7 +163,7 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
         raise ValueError(f"{path} is damaged; {again}") from error
     if content["model_sha256"] != sha256:
         raise ValueError(f"{path} holds the threshold of another model than {model}; {again}")
-    return found, content["T"], content.get("confident", True)
+    return Rule(found, content["T"], content.get("confident", True), content.get("images_sha256"))
 
 
 def _graph(model: Path) -> tuple[Path, str | None]:
