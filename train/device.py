@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tetdeploy import kernels
 from tetdeploy.networks import NetworkConfig
-from tetdeploy.system.machine import emulates, read_cpuinfo
+from tetdeploy.system.machine import emulates_bf16, read_cpuinfo
 
 from .ranks import current_ranks
 
@@ -54,16 +54,18 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """The precision of `TrainConfig.precision` on a device: what "auto" comes to, or `name` itself. Warns of one that
-    a CPU only emulates.
+    is slower on a CPU.
 
     Raises:
         ValueError: bf16 on a GPU that has none.
     """
     if device.type == "cpu":
         name = "fp32" if name == "auto" else name
-        if name != "fp32" and current_ranks().writes and emulates(name, read_cpuinfo()):
-            text = f"this processor has no instructions for {name}, which is slower than fp32 here"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        slower = {"fp16": "fp16 is for GPUs: on a CPU it is slower than fp32, in training a hundred times"}
+        if emulates_bf16(read_cpuinfo()):
+            slower["bf16"] = "this processor has no instructions for bf16, which is slower than fp32 here"
+        if name in slower and current_ranks().writes:
+            warnings.warn(slower[name], RuntimeWarning, stacklevel=2)
         return name
     with torch.cuda.device(device):  # which is the one that PyTorch looks at
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -183,10 +183,14 @@ Examples:
     default=0.0,
     show_default=True,
     help="Also write the last weights to RUN/shards, in files of at most so many MB, for --restart-from "
-    "(not with --qat); 0 is off.",
+    "(which takes none of --qat); 0 is off.",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
-@click.option("--out", type=PlaceToWrite(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
+@click.option(
+    "--out",
+    type=PlaceToWrite(path_type=Path),
+    help="Run folder. [default: RUNS/<data>-<model>, with --config RUNS/<its name>; numbered]",
+)
 @runs_option
 @click.option(
     "--resume",

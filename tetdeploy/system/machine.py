@@ -67,11 +67,11 @@ def cpu_model(cpuinfo: Iterable[str]) -> str:
     return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
 
 
-def emulates(precision: str, cpuinfo: Iterable[str]) -> bool:
-    """Whether this is an x86 processor without instructions that multiply numbers of "bf16" or "fp16", by
-    /proc/cpuinfo; False where that does not say."""
+def emulates_bf16(cpuinfo: Iterable[str]) -> bool:
+    """Whether this is an x86 processor without instructions that multiply bf16, by /proc/cpuinfo; False where that does
+    not say."""
     flags = _fields(cpuinfo).get("flags", "").split()
-    return bool(flags) and not any(f"{unit}_{precision}" in flags for unit in ("amx", "avx512"))
+    return bool(flags) and not any(f"{unit}_bf16" in flags for unit in ("amx", "avx512"))
 
 
 def _fields(cpuinfo: Iterable[str]) -> Mapping[str, str]:
