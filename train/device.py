@@ -61,7 +61,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     """
     if device.type == "cpu":
         name = "fp32" if name == "auto" else name
-        slower = {"fp16": "fp16 is for GPUs: on a CPU it is slower than fp32, in training a hundred times"}
+        slower = {"fp16": "fp16 is for GPUs: on a CPU it is slower than fp32, in training up to a hundred times"}
         if emulates_bf16(read_cpuinfo()):
             slower["bf16"] = "this processor has no instructions for bf16, which is slower than fp32 here"
         if name in slower and current_ranks().writes:
