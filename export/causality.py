@@ -131,7 +131,8 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
     _refuse_without_spikes(classifier)
     _refuse_other_floats(classifier)
     _refuse_broken_weights(classifier)
-    double = copy.deepcopy(classifier).double()
+    # without gradients: a module called on a view of a parameter, as of positions, fails where modules are tracked
+    double = copy.deepcopy(classifier).double().requires_grad_(False)
     x = x if x.dtype == torch.uint8 else x.double()
     if encoding == "frames":
         x = x[:, [t % x.shape[1] for t in range(T)]]

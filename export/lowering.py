@@ -75,6 +75,11 @@ def _describe(node: ir.Node, names: Counter[str], x: ir.Value) -> Neurons:
     current = node.inputs[0]
     assert current is not None and current.shape is not None
     assert x.shape is not None
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        raise ValueError(
+            f"the network reads the last membrane of neurons {name!r}, of which an exported graph gives spikes alone: "
+            "leave it out of what it computes"
+        )
     shape = tuple(dim for dim in current.shape[2:] if isinstance(dim, int))
     if len(shape) != len(current.shape) - 2 or current.shape[1] != x.shape[0]:
         raise ValueError(misplaced(name, current.shape))

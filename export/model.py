@@ -124,6 +124,7 @@ def export_model(
     graph, expected, scales = build_graph(classifier, config, calibration=calibration, source=source, progress=progress)
     num_neurons = len(graph.description["neurons"])
     check_reached(num_layers, num_neurons)
+    _refuse_bfloat16(graph.model.graph)
     describe_check(graph.model, graph.description, checked=num_check > 0)
     parity = from_state = kept = None
     answers = Answers()
@@ -156,6 +157,16 @@ def export_model(
         int8=reduced if config.precision == "int8" else None,
         fp16=reduced if config.precision == "fp16" else None,
     )
+
+
+def _refuse_bfloat16(graph: ir.Graph) -> None:
+    """Raises: ValueError: something is computed in bfloat16, for which runtimes have few operations."""
+    casts = (node for node in graph.all_nodes() if node.op_type == "Cast")
+    if any(cast.attributes["to"].as_int() == ir.DataType.BFLOAT16 for cast in casts):
+        raise ValueError(
+            "the network computes in bfloat16, as under torch.autocast, for which runtimes lack operations; compute in "
+            "float32 in evaluation"
+        )
 
 
 def _check_form(model: bytes, classifier: Classifier) -> None:

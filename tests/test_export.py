@@ -1502,6 +1502,52 @@ def test_a_clamp_may_have_a_whole_number_and_a_fraction(tmp_path: Path) -> None:
             assert export_model(net, tmp_path / "m.onnx", ExportConfig(T=4, fold_bn=fold_bn), x).parity
 
 
+class Positioned(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.drop = nn.Parameter(torch.full((4, 8, 8), 0.25)), nn.Dropout()
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return spikes + self.drop(self.positions[None])
+
+
+def test_a_module_may_be_called_on_a_view_of_a_parameter(tmp_path: Path) -> None:
+    net = classifier(Positioned())
+    assert net.get_parameter("network.positions").requires_grad
+    assert export_model(net, tmp_path / "m.onnx", ExportConfig(layout="step"), digits().images[:40]).parity
+
+
+class ReadsTheLastMembrane(Small):
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes, u = self.lif.with_state(self.current(x, T))
+        return self.readout(self.lif(self.layer2(spikes.flatten(2)))) + 0 * u.mean()
+
+
+class EachImage(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return torch.stack([image * 2 for image in spikes.unbind(1)], 1)
+
+
+class InBfloat16(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return (spikes.bfloat16() * 1.5).float()
+
+
+@pytest.mark.parametrize(
+    ("network", "match"),
+    [
+        (ReadsTheLastMembrane, "reads the last membrane of neurons 'lif', .*: leave it out"),
+        (EachImage, r"it loops over its images, or counts them by len\(x\), .*; x.shape\[0\] does not"),
+        (InBfloat16, "computes in bfloat16, as under torch.autocast, .*; compute in float32"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["dynamic", "step"])
+def test_what_no_graph_can_hold_is_named(network: type[Small], match: str, layout: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        export_model(classifier(network()), tmp_path / "m.onnx", ExportConfig(layout=layout), digits().images[:40])
+    assert not list(tmp_path.iterdir())
+
+
 class Volumes(Small):
     def __init__(self) -> None:
         super().__init__()

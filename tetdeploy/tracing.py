@@ -145,6 +145,8 @@ def reason(error: Exception) -> str:
         line = next((other.removeprefix("- ") for other in others if other), line)
     if "marked T as dynamic" in line:  # what torch advises is of its own functions
         return "it loops over its steps, as `for step in x` does, or counts them, which fixes T as it is traced"
+    if "marked batch as dynamic" in line:
+        return "it loops over its images, or counts them by len(x), which fixes their number; x.shape[0] does not"
     if line.startswith("Could not guard on data-dependent expression"):  # in terms of torch's own symbols
         return MAKES_NUMBERS
     known = [why for sign, why in _GUARDS.items() if re.search(f"generated guard .*{sign}", line)]
