@@ -61,11 +61,13 @@ def pick_precision(name: str, device: torch.device) -> str:
     """
     if device.type == "cpu":
         name = "fp32" if name == "auto" else name
-        slower = {"fp16": "fp16 is for GPUs: on a CPU it is slower than fp32, in training up to a hundred times"}
-        if emulates_bf16(read_cpuinfo()):
-            slower["bf16"] = "this processor has no instructions for bf16, which is slower than fp32 here"
-        if name in slower and current_ranks().writes:
-            warnings.warn(slower[name], RuntimeWarning, stacklevel=2)
+        slower = None
+        if name == "fp16":
+            slower = "fp16 is for GPUs: on a CPU it is slower than fp32, in training up to a hundred times"
+        elif name == "bf16" and emulates_bf16(read_cpuinfo()):
+            slower = "this processor has no instructions for bf16, which is slower than fp32 here"
+        if slower is not None and current_ranks().writes:
+            warnings.warn(slower, RuntimeWarning, stacklevel=2)
         return name
     with torch.cuda.device(device):  # which is the one that PyTorch looks at
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +100,7 @@ def evaluate(
     """
     check_distinct({"--json": json_path, "--predictions": predictions})
     torch = import_extra("torch", "train")
-    from tetdeploy.checkpoint import read_checkpoint, trained_on
+    from tetdeploy.checkpoint import read_checkpoint
     from tetdeploy.data import is_own_file
     from tetdeploy.report.reading import read_run
     from tetdeploy.report.seeds import summary_of
@@ -121,27 +119,12 @@ def evaluate(
     rows, following = list[dict[str, Any]](), list[tuple[Path | str, ...]]()
     predicted = list[dict[int, NDArray[np.int64]]]()
     paths = [run for given in checkpoints for run in seeds.get(given) or [given]]
-    load = lru_cache(maxsize=1)(_load)  # seeds are measured on the same images
-
-    def images_of(checkpoint: Checkpoint) -> Any:
-        metadata = checkpoint.metadata
-        name = trained_on(metadata, checkpoint.file) if data is None else data
-        fraction = float(metadata["training"].get("val_fraction", 0.0))
-        return load(name, split, limit, data_dir, fraction, trained_T(metadata), json.dumps(metadata["data"]))
-
-    labels: NDArray[np.int64] | None = None  # that all runs share, for --predictions
-    for path in paths if predictions is not None else ():
-        own = images_of(read_checkpoint(path)).labels
-        labels = own if labels is None else labels
-        if not np.array_equal(own, labels):
-            raise ValueError(
-                f"--predictions: {path} is measured on other images than {paths[0]}; choose --data, or write a file "
-                "for each"
-            )
+    data_sets = _DataSets(data, split, limit, data_dir)
+    labels = None if predictions is None else _shared_labels(paths, data_sets)  # before all measuring, too
     for path in paths:
         checkpoint = read_checkpoint(path)
         metadata, sha256 = checkpoint.metadata, checkpoint.sha256
-        classifier, images = load_classifier(checkpoint, model), images_of(checkpoint)
+        classifier, images = load_classifier(checkpoint, model), data_sets.of(checkpoint)
         del checkpoint  # its tensors
         own_file = split == "test" and is_own_file(images.name, metadata["data"]["name"])
         if own_file and images.name not in (row["data"] for row in rows if "trained_on" in row):
@@ -185,10 +168,41 @@ def evaluate(
         say_next("export", *following[0], *(("--model", model) if model else ()))
 
 
-def _load(name: str, split: str, limit: int | None, data_dir: Path, fraction: float, T: int, known: str) -> Any:
-    """The images to measure on; `known` is JSON."""
-    images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=json.loads(known))
-    return images if limit is None else images.select(slice(limit))
+class _DataSets:
+    """The images to measure each run on. The last ones are kept: seeds share them."""
+
+    def __init__(self, data: str | None, split: str, limit: int | None, data_dir: Path) -> None:
+        self._data, self._split, self._limit, self._data_dir = data, split, limit, data_dir
+        self._asked: Any = None
+        self._images: Any = None
+
+    def of(self, checkpoint: Checkpoint) -> Any:
+        from tetdeploy.checkpoint import trained_on
+
+        metadata = checkpoint.metadata
+        name = trained_on(metadata, checkpoint.file) if self._data is None else self._data
+        fraction = float(metadata["training"].get("val_fraction", 0.0))
+        asked = {"T": trained_T(metadata), "fraction": fraction, "known": metadata["data"]}
+        if (name, asked) != self._asked:
+            self._asked = self._images = None  # which memory need not hold beside the next
+            images = load_part(name, self._split, data_dir=self._data_dir, **asked)
+            self._images = images if self._limit is None else images.select(slice(self._limit))
+            self._asked = name, asked
+        return self._images
+
+
+def _shared_labels(paths: Sequence[Path], data_sets: _DataSets) -> NDArray[np.int64]:
+    """The labels of the images that all runs are measured on, as --predictions needs it."""
+    from tetdeploy.checkpoint import read_checkpoint
+
+    labels: NDArray[np.int64] = data_sets.of(read_checkpoint(paths[0])).labels
+    for path in paths[1:]:
+        if not np.array_equal(data_sets.of(read_checkpoint(path)).labels, labels):
+            raise ValueError(
+                f"--predictions: {path} is measured on other images than {paths[0]}; choose --data, or write a file "
+                "for each"
+            )
+    return labels
 
 
 def _best(summary: Mapping[str, Any], runs: Sequence[Path]) -> Path | None:

@@ -353,12 +353,12 @@ def _of_seeds(number: int, begun: int) -> str:
 
 def _measurement(name: str, contents: Mapping[Path, dict[str, Any]], run: Run | None, notes: list[str]) -> Measurement:
     outdated = {file: note for file, content in contents.items() if (note := stale(content, [file]))}
-    if len(outdated) < len(contents):  # what is of the model that is there now counts
-        contents = {file: content for file, content in contents.items() if file not in outdated}
+    current = {file: content for file, content in contents.items() if file not in outdated}
+    content, used, left_out = merged(current or contents)  # what is of the model that is there now counts
+    if current:
         notes += [f"Left out: {note}" for note in outdated.values()]
-    content, used, left_out = merged(contents)
     notes += left_out
-    if note := stale(content, used):
+    if not current and (note := stale(content, used)):
         notes.append(note)
     return Measurement(name, content, tuple(used), run)
 
