@@ -10,6 +10,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from tetdeploy import native
+from tetdeploy.native.counts import put_counts
 from tetdeploy.native.graphs import Kind, name_apart, without_weights
 from tetdeploy.native.int8_convolutions import best_way, put_int8_convolutions
 from tetdeploy.native.layout import turn_bytes
@@ -65,6 +66,7 @@ def _fuse(model: bytes, states: Sequence[tuple[str, str]], *, take_out: bool) ->
         wholes, images = WholeNumbers(optimised.graph, neuron_steps), 1 if states else 2  # a step in a call, or several
         native_nodes += put_int8_convolutions(optimised.graph, wholes, way, kinds, images)
     turn_bytes(optimised.graph)
+    put_counts(optimised.graph, kinds, neuron_steps)
     native_nodes += fuse(optimised, kinds, neuron_steps, states)
     if not native_nodes:
         return None

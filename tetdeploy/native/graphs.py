@@ -78,6 +78,16 @@ def copied(node: onnx.NodeProto) -> onnx.NodeProto:
     return onnx.NodeProto.FromString(node.SerializeToString())  # type: ignore[no-any-return]
 
 
+def turns(node: onnx.NodeProto, perm: tuple[int, ...]) -> bool:
+    """Whether it is the `Transpose` that orders axes so."""
+    return node.op_type == "Transpose" and attribute(node, "perm", None) == list(perm)
+
+
+def is_test(node: onnx.NodeProto) -> bool:
+    """Whether it tells which numbers are not zero."""
+    return node.op_type == "Cast" and attribute(node, "to", None) == onnx.TensorProto.BOOL
+
+
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy.native import TO_FIRST, TO_LAST, last_name
-from tetdeploy.native.graphs import Kind, attribute, constants_of, copied, leading_to, put_nodes, reading, scalar
+from tetdeploy.native.graphs import Kind, attribute, constants_of, copied, leading_to, put_nodes, reading, scalar, turns
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
@@ -92,17 +92,19 @@ def keep_last(
             last, and names that `last_name` gives.
     """
     turned = [pair for pair in states if all(len(kinds[name].shape) == 4 for name in pair)]
+    plain = set[str]()
     while True:
-        writer = _ToLast(graph, kinds, elementwise, numbers, neuron_steps, turned)
+        writer = _ToLast(graph, kinds, elementwise, numbers, neuron_steps, turned, plain)
         for k, node in enumerate(graph.node):
             writer.take(k, node)
         outputs = writer.finish()
         nodes = leading_to(outputs, reading(writer.instead, writer.nodes))
         stuck = {name for node in nodes if node.op_type == "Transpose" for name in (*node.input, *node.output)}
         staying = [(read, made) for read, made in turned if not {read, last_name(made)} & stuck]
-        if len(staying) == len(turned):
+        twice = writer.computed_twice(nodes)
+        if len(staying) == len(turned) and twice <= plain:
             break
-        turned = staying
+        turned, plain = staying, plain | twice
     if not writer.saves(nodes):
         return False
     axes = writer.new_axes.items()
@@ -136,6 +138,9 @@ def turn_bytes(graph: onnx.GraphProto) -> None:
 class _ToLast:
     """A graph is written anew, with what can come with channels last beside what it was.
 
+    Args:
+        plain: what sums and means read as it was.
+
     Attributes:
         instead: what the nodes are to read in place of others.
         new_axes: constants that they name: axes, which are others with channels last.
@@ -149,6 +154,7 @@ class _ToLast:
         numbers: Container[str],
         neuron_steps: Sequence[NeuronStep],
         states: Sequence[tuple[str, str]],
+        plain: Container[str],
     ) -> None:
         self.graph, self.kinds, self.elementwise, self.numbers = graph, kinds, elementwise, numbers
         self.wholes = WholeNumbers(graph, neuron_steps)
@@ -161,22 +167,23 @@ class _ToLast:
         self.last: dict[str, str] = {}  # by the name of the tensor in usual order
         self.computed: dict[str, str] = {}  # of `last` what is computed here
         self.means = set[str]()  # of which a `Transpose` costs nothing
-        self._states = states
+        self._states, self._plain = states, plain
         for name, _ in states:
             self._name_last(name)
             self.nodes.append(helper.make_node("Transpose", [self.last[name]], [name], perm=TO_FIRST))
 
     def take(self, k: int, node: onnx.NodeProto) -> None:
         tensors = [name for name in node.input if name not in self.numbers]
-        if _turns(node, TO_LAST) and node.input[0] in self.last and node.output[0] not in self.given:
+        if turns(node, TO_LAST) and node.input[0] in self.last and node.output[0] not in self.given:
             self.instead[node.output[0]] = self.last[node.input[0]]
             return
         self.nodes.append(node)
-        if node.op_type in ("ReduceMean", "ReduceSum") and node.input[0] in self.last:
-            self._reduce(node)
+        if node.op_type in ("ReduceMean", "ReduceSum"):
+            if node.input[0] in self.last and node.input[0] not in self._plain:
+                self._reduce(node)
         elif node.output[0] not in self.kinds or len(self.kinds[node.output[0]].shape) != 4:
             return
-        elif _turns(node, TO_FIRST):
+        elif turns(node, TO_FIRST):
             self.last[node.output[0]] = node.input[0]
         elif node.domain == NCHWC and node.op_type == "ReorderOutput" and _same_shape(self.kinds, node):
             self._turn(node, channels=self.kinds[node.output[0]].shape[1], channels_last=1)
@@ -198,12 +205,16 @@ class _ToLast:
 
     def saves(self, nodes: Sequence[onnx.NodeProto]) -> bool:
         """Whether `nodes` have fewer `Transpose`s than the graph, and compute nothing in both layouts."""
-        made = {name for node in nodes for name in node.output}
         before, after = (
             sum(node.op_type == "Transpose" and node.input[0] not in self.means for node in each)
             for each in (self.graph.node, nodes)
         )
-        return after < before and not any(name in made and twin in made for name, twin in self.computed.items())
+        return after < before and not self.computed_twice(nodes)
+
+    def computed_twice(self, nodes: Iterable[onnx.NodeProto]) -> set[str]:
+        """What `nodes` compute in both layouts, by the names in usual order."""
+        made = {name for node in nodes for name in node.output}
+        return {name for name, twin in self.computed.items() if name in made and twin in made}
 
     def _reduce(self, node: onnx.NodeProto) -> None:
         """Write a mean or a sum, which was written as it is, as one of what has its channels last, if it can be."""
@@ -229,10 +240,6 @@ class _ToLast:
     def _name_last(self, name: str) -> None:
         kind, self.last[name] = self.kinds[name], last_name(name)
         self.kinds[self.last[name]] = replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
-
-
-def _turns(node: onnx.NodeProto, perm: tuple[int, ...]) -> bool:
-    return node.op_type == "Transpose" and attribute(node, "perm", None) == list(perm)
 
 
 def _reduced(node: onnx.NodeProto, last: str, axes: Sequence[int]) -> list[onnx.NodeProto]:

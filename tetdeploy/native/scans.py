@@ -25,6 +25,7 @@ from tetdeploy.native.graphs import (
     without_weights,
 )
 
+_TIME = "[T, N]"
 _FIRST_MARK = 2**21  # no threshold is as high, and float32 tells it from the numbers that follow
 
 
@@ -85,6 +86,7 @@ class _Merged:
             and _is_zeros(zeros)
             and node.output[0] not in self.read
             and self._dims(node.input[1])[:2] == self.time
+            and all(isinstance(dim, int) and dim > 0 for dim in self._dims(node.input[1])[2:])
         ):
             self._compare(node, neurons)
         elif (
@@ -105,18 +107,22 @@ class _Merged:
         self.nodes += [
             helper.make_node("Greater", [self._merge(current), mark], [fires]),
             helper.make_node("Cast", [fires], [self.merged[spikes]], to=self.kinds[spikes].elem_type),
-            helper.make_node("Shape", [self._source(current)], [f"{spikes}.shape"]),  # for who reads [T, N, ...]
+            helper.make_node("Concat", [self._time(), f"{spikes}.dims"], [f"{spikes}.shape"], axis=0),
             helper.make_node("Reshape", [self.merged[spikes], f"{spikes}.shape"], [spikes], allowzero=1),
-        ]
+        ]  # the last two for who reads [T, N, ...]
+        dims = np.array(self._dims(current)[2:], np.int64)
+        self.graph.initializer.append(numpy_helper.from_array(dims, f"{spikes}.dims"))
         self.neuron_steps.append(neurons)
 
-    def _source(self, name: str) -> str:
-        """What a value `[T, N, ...]` is computed from, of the same shape."""
-        while (node := self.producer.get(name)) is not None and node.op_type in ("Add", "Cast"):
-            if not self._all_like(name, node.input):
-                break
-            name = node.input[0]
-        return name
+    def _time(self) -> str:
+        """What holds T and N."""
+        if not self.neuron_steps:
+            turned = numpy_helper.from_array(np.array([1, 0], np.int64), f"{_TIME}.turned")
+            self.graph.initializer.append(turned)
+            shape = [f"{_TIME}.shape"]
+            self.nodes.append(helper.make_node("Shape", [steps_input(self.graph)], shape, start=0, end=2))
+            self.nodes.append(helper.make_node("Gather", [*shape, turned.name], [_TIME]))
+        return _TIME
 
     def _merge(self, name: str) -> str:
         """The value `[T * N, ...]` that has the elements of `name [T, N, ...]`."""

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tetdeploy import native
 from tetdeploy.native import TO_FIRST, TO_LAST
 from tetdeploy.native.convolution import can_add, can_convolve, has_additions, native_convolution
-from tetdeploy.native.graphs import Kind, attribute, attributes_of, copied, leading_to, put_nodes, reading
+from tetdeploy.native.graphs import Kind, attribute, attributes_of, copied, is_test, leading_to, put_nodes, reading
 from tetdeploy.native.packing import digits_of, rows_of, tiles_of, whole_weights
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers, threshold
@@ -75,30 +75,36 @@ def mark_spike_convolutions(
         nodes += [sums, helper.make_node("Cast", sums.output, [y], to=TensorProto.FLOAT)]
     if marked:
         graph.initializer.extend(spikes.numbers)
-        others = reading(spikes.as_floats(), others)
-        put_nodes(graph, leading_to(graph.output, [*nodes, *spikes.nodes, *others]))
+        floats = spikes.as_floats()
+        for node in others:
+            nodes += reading(spikes.made if is_test(node) else floats, [node])
+        put_nodes(graph, leading_to(graph.output, [*nodes, *spikes.nodes]))
     return marked
 
 
 class _Bytes:
-    """Writes `nodes` that make bytes of spikes in float32, and `numbers` for them."""
+    """Writes `nodes` that make bytes of spikes in float32, and `numbers` for them.
+
+    Attributes:
+        made: the names of the bytes, by that of the value; zero where it is.
+    """
 
     def __init__(self, wholes: WholeNumbers) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.numbers: list[onnx.TensorProto] = []
         self._wholes = wholes
-        self._made: dict[str, str] = {}
+        self.made: dict[str, str] = {}
 
     def of(self, name: str) -> str:
         """The bytes of a value."""
         name = self._wholes.source(name)
-        if name not in self._made:
-            self._made[name] = f"{name}.bytes"
+        if name not in self.made:
+            self.made[name] = f"{name}.bytes"
             self._write(name, self._wholes.producer[name])
-        return self._made[name]
+        return self.made[name]
 
     def _write(self, name: str, node: onnx.NodeProto) -> None:
-        made, v_th = self._made[name], threshold(node)
+        made, v_th = self.made[name], threshold(node)
         if node.op_type in ("Concat", "MaxPool", "Reshape"):
             read = [self.of(part) for part in (node.input if node.op_type == "Concat" else node.input[:1])]
             twin = helper.make_node(node.op_type, [*read, *node.input[len(read) :]], [made])
@@ -122,7 +128,7 @@ class _Bytes:
         one, zero = self._number(f"{name}.one", np.float32(1)), self._number(f"{name}.zero", np.uint8(0))
         share = self._number(f"{name}.share", np.float32(1 / math.prod(sizes["kernel_shape"])))
         inputs = [self.of(pool.input[0]), one, zero, share, zero]
-        made = helper.make_node("QLinearAveragePool", inputs, [self._made[name]], domain="com.microsoft", **sizes)
+        made = helper.make_node("QLinearAveragePool", inputs, [self.made[name]], domain="com.microsoft", **sizes)
         self.nodes.append(made)
 
     def _number(self, name: str, number: np.generic) -> str:
@@ -131,10 +137,10 @@ class _Bytes:
 
     def as_floats(self) -> dict[str, str]:
         """What others read instead of the values: bytes take a fourth of the memory."""
-        wholes = {name: self._wholes.of(name) for name in self._made}
+        wholes = {name: self._wholes.of(name) for name in self.made}
         floats = {name: f"{name}.floats" for name, whole in wholes.items() if whole is not None and whole.unit == 1}
         self.nodes += [
-            helper.make_node("Cast", [self._made[name]], [cast], to=TensorProto.FLOAT) for name, cast in floats.items()
+            helper.make_node("Cast", [self.made[name]], [cast], to=TensorProto.FLOAT) for name, cast in floats.items()
         ]
         return floats
 
