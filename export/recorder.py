@@ -81,7 +81,9 @@ class SpikeComparison(NeuronRecorder):
         layer = self.num_layers
         other = torch.from_numpy(self.others[layer]).to(spikes).view_as(spikes)
         different = spikes != other
-        self.differing.append(different.reshape(*spikes.shape[:2], -1).sum(2).cpu().numpy())
+        by_image = different.reshape(spikes.shape[:2].numel(), -1).cpu().numpy()
+        counts = [np.count_nonzero(row) for row in by_image]  # 20 times as fast as PyTorch sums up bools
+        self.differing.append(np.array(counts, np.int64).reshape(spikes.shape[:2]))
         if self.watch is not None:
             self.watch(layer, current, spikes, different, tau, v_th)
         return other.clone() if self.replacing else spikes  # networks may write over what they read
