@@ -693,6 +693,17 @@ class TestCommand:
         assert "holds 5 of 9 points already" in result.output
         assert count == 9
 
+    @pytest.mark.usefixtures("_undrawn")
+    def test_ctrl_c_before_the_first_point_leaves_no_file(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(landscape, "_measure_run", lambda *arguments: iter(filter(None, [interrupted()])))
+            result = run("runs/tet", "--radius", "1", "--out", "none.npz")
+        assert result.exit_code == 130 and result.output.endswith("interrupted after 0 of 9 points\n")
+        assert not Path("none.npz").exists()
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

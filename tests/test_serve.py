@@ -947,6 +947,13 @@ def test_a_name_that_no_url_reaches_is_refused() -> None:
     assert "'a/b' is no name for a model" in result.output
 
 
+def test_a_name_that_is_empty_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"there is no name before the = of '=x.onnx'; give NAME=MODEL, or MODEL alone"
+    ):
+        _by_name(("=x.onnx",))
+
+
 def test_a_file_whose_name_is_no_utf8_is_served_by_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     file = os.fsdecode(b"caf\xe9.onnx")

@@ -161,8 +161,8 @@ def measure_landscape(
 ) -> Landscape:
     """Measure both losses and the accuracy round one or more checkpoints; goes on with what `path` holds already.
 
-    After every row of the grid, and when stopped, the file is replaced by a fuller one. Points are independent of each
-    other: a measurement that was interrupted ends with the same numbers.
+    After every row of the grid, and when stopped behind a point, the file is replaced by a fuller one. Points are
+    independent of each other: a measurement that was interrupted ends with the same numbers.
 
     Args:
         classifiers: by name; each is moved to the device and put in eval mode, its weights stay as they are.
@@ -197,7 +197,8 @@ def measure_landscape(
                 point_done()
                 if landscape.finished % config.points == 0:
                     save_landscape(path, landscape)
-    save_landscape(path, landscape)
+    if landscape.finished:
+        save_landscape(path, landscape)
     return landscape
 
 

@@ -136,10 +136,8 @@ def landscape(
         check_classes(name, classifier.class_names, images.name, images.class_names)
     result = _measure(classifiers, images, config, path)
     if not result.complete:
-        console.print(
-            f"interrupted after {result.finished:,} of {result.total:,} points, kept in {path}; "
-            "the same command goes on from there",
-        )
+        kept = f", kept in {path}; the same command goes on from there" if result.finished else ""
+        console.print(f"interrupted after {result.finished:,} of {result.total:,} points{kept}")
         ctx.exit(INTERRUPTED)
     _report(result, path, plot, json_path, radius, f"{images.name}, {split}")
 

@@ -171,14 +171,15 @@ def _by_name(models: tuple[str, ...]) -> dict[str, str]:
     """The models' paths, by what requests call them.
 
     Raises:
-        ValueError: two have one name, or one holds a `/`, or is no UTF-8.
+        ValueError: two have one name, or one is empty, holds a `/`, or is no UTF-8.
     """
     paths: dict[str, str] = {}
     for model in models:
         name, given, path = model.partition("=")
         if not given or Path(model).exists():
-            name, path = "", model
-        name = name or Path(path).stem
+            name, path = Path(model).stem, model
+        elif not name:
+            raise ValueError(f"there is no name before the = of {model!r}; give NAME=MODEL, or MODEL alone")
         if "/" in name:
             raise ValueError(f"{name!r} is no name for a model, since a URL holds it; choose one without '/'")
         if not is_utf8(name):

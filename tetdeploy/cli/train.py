@@ -96,7 +96,11 @@ Examples:
 )
 @data_dir_option
 @click.option(
-    "--model", default="convsnn", show_default=True, help="A network's name, or package.module:function for your own."
+    "--model",
+    default="convsnn",
+    show_default=True,
+    help="convsnn, resnet19, vggsnn, vggsnn-strided, spiking-resnet34, sew-resnet34, or package.module:function for "
+    "your own.",
 )
 @click.option("--width", default=1.0, show_default=True, help="Factor on every channel count.")
 @click.option("--tau", default=0.5, show_default=True, help="Leak factor per step (Eq. 1).")

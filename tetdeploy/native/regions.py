@@ -154,9 +154,10 @@ class Regions:
             members = defaultdict[int, list[int]](list)
             for k, first in self.region.items():
                 members[first].append(k)
-            self.region = {k: first for k, first in self.region.items() if len(members[first]) > 1}
+            fused = {first: of for first, of in members.items() if len(of) > 1 or first in self.neurons}
+            self.region = {k: first for k, first in self.region.items() if first in fused}
             try:
-                writers = [RegionWriter(self, first, of) for first, of in members.items() if len(of) > 1]
+                writers = [RegionWriter(self, first, of) for first, of in fused.items()]
                 outside = self._read_outside(writers)
                 made = [writer.node(outside) for writer in writers]
             except UnfusableError as error:
