@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import signal
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from string import ascii_uppercase
@@ -695,12 +696,12 @@ class TestCommand:
 
     @pytest.mark.usefixtures("_undrawn")
     def test_ctrl_c_before_the_first_point_leaves_no_file(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupted(*_: Any) -> None:
+        def interrupted(*_: Any) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGINT)
+            yield from ()
 
-        with monkeypatch.context() as patch:
-            patch.setattr(landscape, "_measure_run", lambda *arguments: iter(filter(None, [interrupted()])))
-            result = run("runs/tet", "--radius", "1", "--out", "none.npz")
+        monkeypatch.setattr(landscape, "_measure_run", interrupted)
+        result = run("runs/tet", "--radius", "1", "--out", "none.npz")
         assert result.exit_code == 130 and result.output.endswith("interrupted after 0 of 9 points\n")
         assert not Path("none.npz").exists()
 

@@ -27,7 +27,7 @@ from tetdeploy.native.fusing import fuse_model
 from tetdeploy.neurons import LIF
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-FLOAT, UINT8, BOOL, INT64 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.BOOL, TensorProto.INT64
+FLOAT, UINT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.BOOL
 LAYOUTS = [("unrolled", {}), ("unrolled", {"with_state": True}), ("dynamic", {}), ("step", {})]
 
 
