@@ -12,11 +12,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from export_helpers import classifier, digits
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.export_helpers import classifier, digits
 from tetdeploy import Engine, native
 from tetdeploy.export.config import ExportConfig
 from tetdeploy.export.model import export_model

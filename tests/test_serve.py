@@ -931,12 +931,11 @@ def test_a_path_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.Monk
     Path("lr=0.1").mkdir()
     for path in ("lr=0.1/step.onnx", "a=b.onnx"):
         Path(path).touch()
-    given = ("digits=lr=0.1/step.onnx", "lr=0.1/step.onnx", "a=b.onnx", "=x.onnx", "y.onnx")
+    given = ("digits=lr=0.1/step.onnx", "lr=0.1/step.onnx", "a=b.onnx", "y.onnx")
     assert _by_name(given) == {
         "digits": "lr=0.1/step.onnx",
         "step": "lr=0.1/step.onnx",
         "a=b": "a=b.onnx",
-        "x": "x.onnx",
         "y": "y.onnx",
     }
 
