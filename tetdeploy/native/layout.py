@@ -105,7 +105,7 @@ def keep_last(
         if len(staying) == len(turned) and twice <= plain:
             break
         turned, plain = staying, plain | twice
-    if not writer.saves(nodes):
+    if twice or not writer.saves(nodes):
         return False
     axes = writer.new_axes.items()
     graph.initializer.extend(numpy_helper.from_array(np.array(moved), name) for name, moved in axes)
@@ -204,12 +204,12 @@ class _ToLast:
         return helper.make_tensor_value_info(name, self.kinds[name].type, self.kinds[name].shape)
 
     def saves(self, nodes: Sequence[onnx.NodeProto]) -> bool:
-        """Whether `nodes` have fewer `Transpose`s than the graph, and compute nothing in both layouts."""
+        """Whether `nodes` have fewer `Transpose`s than the graph."""
         before, after = (
             sum(node.op_type == "Transpose" and node.input[0] not in self.means for node in each)
             for each in (self.graph.node, nodes)
         )
-        return after < before and not self.computed_twice(nodes)
+        return bool(after < before)
 
     def computed_twice(self, nodes: Iterable[onnx.NodeProto]) -> set[str]:
         """What `nodes` compute in both layouts, by the names in usual order."""
