@@ -44,7 +44,7 @@ from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data, save_npz
 from tetdeploy.engine import Engine
 from tetdeploy.export import preflight
-from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, build_network
 from tetdeploy.storage.files import sha256_of
 from tetdeploy.storage.run_folder import newest_export
 from tetdeploy.storage.tensor_file import read_content, write_tensors
@@ -180,6 +180,11 @@ class TestCommands:
             assert "Examples:" in output, name
             assert f"tetdeploy {name}" in output, name
             assert "None" not in output, name
+
+    def test_training_names_the_networks_and_the_data_sets_of_its_own(self) -> None:
+        said = {option.name: str(getattr(option, "help", "")) for option in main.commands["train"].params}
+        assert said["model"].startswith(f"{', '.join(NETWORKS)}, or ")
+        assert set(data.DATA_NAMES) <= set(re.findall(r"[\w-]+", said["data"]))
 
     @pytest.mark.parametrize(
         "command",
