@@ -17,6 +17,7 @@ import onnx_ir as ir
 from tetdeploy import __version__
 from tetdeploy.int8.quantisation import Scales, scales_sha256
 from tetdeploy.networks import Classifier
+from tetdeploy.storage.form import as_json
 from tetdeploy.storage.model_file import FORMAT, METADATA_KEY
 from tetdeploy.storage.provenance import written
 
@@ -81,7 +82,7 @@ def describe(
         "precision": config.precision,
         "scales_sha256": None if scales is None else scales_sha256(scales),
         "target": config.target,
-        "source": dict(source or {}),
+        "source": as_json(dict(source or {})),
     } | written(**versions())
     model.metadata_props[METADATA_KEY] = json.dumps(description)
     model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None

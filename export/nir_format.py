@@ -43,6 +43,7 @@ from tetdeploy.folding import (
 )
 from tetdeploy.networks import Classifier
 from tetdeploy.storage.files import atomic_write
+from tetdeploy.storage.form import as_json
 from tetdeploy.storage.model_file import METADATA_KEY
 from tetdeploy.storage.provenance import written
 from tetdeploy.system.extras import MissingExtraError, import_extra
@@ -186,7 +187,7 @@ def _describe(
         },
         "class_names": classifier.class_names,
         "logits": "the mean of the output over the steps",
-        "source": dict(source or {}),
+        "source": as_json(dict(source or {})),
     } | written(nir=_import_nir().version, torch=torch.__version__)
 
 

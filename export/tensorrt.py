@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx
 
+from tetdeploy.arguments import check_whole
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
 from tetdeploy.storage.files import atomic_write, write_json
@@ -55,12 +56,20 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("batch", self.batch), ("T", self.T)):
-            if value is not None and not 1 <= value[0] <= value[1] <= value[2]:
-                raise ValueError(f"{name} must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, got {value}")
-            if value is not None and value[2] > _MOST:
-                raise ValueError(f"{name} must be at most {_MOST}, got {value[2]}")
-        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= _MOST:
+            if value is not None:
+                _check_range(name, value)
+        if self.workspace_mb is not None and not 1 <= check_whole("workspace_mb", self.workspace_mb) <= _MOST:
             raise ValueError(f"workspace_mb must lie in 1..{_MOST}, got {self.workspace_mb}")
+
+
+def _check_range(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or len(value) != 3:
+        raise ValueError(f"{name} must be three whole numbers (MIN, OPT, MAX), got {value!r}")
+    least, usual, most = (check_whole(name, number) for number in value)
+    if not 1 <= least <= usual <= most:
+        raise ValueError(f"{name} must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, got {value}")
+    if most > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {most}")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tetdeploy.data import (
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
 from tetdeploy.steps import trained_T
+from tetdeploy.storage.provenance import own_fraction
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
 
@@ -95,7 +96,7 @@ class Trained:
             x, labels, names = load_frames(name)
             check_classes("the network", own_names, name, names)
             return (x, labels), _last(x, labels, num_calibration)
-        fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0
+        fraction = own_fraction(self.metadata) if same_data(name, own) else 0.0
         trained = Framing.of(self.metadata["data"])
         train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction, trained=trained)
         warn_of_other_framing(train, trained, "the network")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +26,14 @@ def test_a_part_is_ticked_off_when_it_is_done() -> None:
     assert (next(running), done) == (slice(0, 3), [])
     assert (next(running), done) == (slice(3, 5), [3])
     assert (list(running), done) == ([], [3, 2])
+
+
+@pytest.mark.parametrize(
+    ("size", "fault"), [(0, "at least 1, got 0"), (1.5, r"a whole number, got 1\.5"), ("2", "a whole number, got '2'")]
+)
+def test_a_batch_of_no_whole_number_of_images_is_refused(size: Any, fault: str) -> None:
+    with pytest.raises(ValueError, match=f"the size of a batch must be {fault}"):
+        next(parts(3, size))
 
 
 def test_a_batch_has_as_many_images_as_fit_with_all_their_spikes() -> None:

@@ -449,6 +449,10 @@ def test_python_refuses_the_same(model: Path) -> None:
         Bench(model, batches=[1, 0], threads=[1])
     with pytest.raises(ValueError, match="T must be at least 1, got 0"):
         Bench(model, batches=[1], threads=[1], steps=[0])
+    with pytest.raises(ValueError, match="batch must be a whole number, got '1'"):
+        Bench(model, batches=["1"], threads=[1])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="threads: there is nothing to time; give one number or more"):
+        Bench(model, batches=[1], threads=[])
     with pytest.raises(ValueError, match="unknown runtime 'none'"):
         Bench(model, batches=[1], threads=[1], runtime="none")
     timing = Bench(model, batches=[1], threads=[1])
@@ -456,6 +460,8 @@ def test_python_refuses_the_same(model: Path) -> None:
         timing.run(random_input(timing.engine, 4), repeats=0)
     with pytest.raises(ValueError, match=r"takes input of shape \[N, 1, 8, 8\]"):
         timing.run(np.zeros((1, 3, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"the input is empty: \[0, 1, 8, 8\]"):
+        timing.run(np.zeros((0, 1, 8, 8), np.uint8))
     timing = Bench(exported("unrolled", T=3), batches=[1], threads=[1], steps=[1, 2, 3, 5])
     with pytest.raises(ValueError, match="is unrolled to T=3 and cannot run T=5"):
         timing.run(random_input(timing.engine, 3), repeats=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 import tetdeploy
 from tetdeploy.checkpoint import load, load_weights, read_checkpoint, read_metadata, save_checkpoint
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.steps import trained_T
 from tetdeploy.storage.files import atomic_folder, atomic_write, check_writable, write_json
 from tetdeploy.storage.metrics import metrics_line, read_metrics, write_metrics
+from tetdeploy.storage.provenance import own_fraction
 from tetdeploy.storage.run_folder import (
     checkpoint_file,
     latest_run,
@@ -406,6 +409,32 @@ def test_damaged_words_on_data_and_training_are_refused(
     rewrite(saved, lambda content: content[part].update(changes))
     with pytest.raises(ValueError, match=rf"of its metadata, {fault}; the file was changed"):
         read_metadata(saved)
+
+
+@pytest.mark.parametrize(
+    ("training", "fault"),
+    [
+        ({"T": "4"}, r"training\.T must be a whole number of at least 1, got '4'"),
+        ({"T": 0}, r"training\.T must be a whole number of at least 1, got 0"),
+        ({"val_fraction": 7}, r"training\.val_fraction must be a number from 0 to 1, got 7"),
+    ],
+)
+def test_what_reading_would_refuse_is_not_written(saved: Path, training: dict[str, Any], fault: str) -> None:
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match=f"^{fault}$"):
+        save_checkpoint(saved, convsnn(), training=training, provenance={})
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+        save_checkpoint(saved, convsnn(), training={"lr": torch.ones(())}, provenance={})
+    assert saved.read_bytes() == before
+
+
+def test_numbers_that_json_has_not_are_null_which_says_nothing(saved: Path) -> None:
+    training = {"T": None, "val_fraction": math.nan}
+    save_checkpoint(saved, convsnn(), training=training, provenance={"loss": math.inf})
+    found = read_metadata(saved)
+    assert (found["training"], found["provenance"]) == ({"T": None, "val_fraction": None}, {"loss": None})
+    assert (trained_T(found), own_fraction(found)) == (4, 0.0)
+    assert own_fraction({"training": None}) == own_fraction({}) == 0.0
 
 
 @pytest.mark.parametrize("name", ["encoding", "image_shape"])

@@ -248,8 +248,15 @@ def test_both_ways_to_write_polarities_and_unsigned_arrays_are_read() -> None:
     np.testing.assert_array_equal(to_frames(recording(**unsigned), Binning(2), (3, 4)), plain)
 
 
-@pytest.mark.parametrize(("T", "by", "message"), [(0, "count", "at least 1 frames, got 0"), (1, "tim", "cut by 'tim'")])
-def test_binning_refuses(T: int, by: Any, message: str) -> None:
+@pytest.mark.parametrize(
+    ("T", "by", "message"),
+    [
+        (0, "count", "at least 1 frames, got 0"),
+        (2.5, "count", r"T must be a whole number, got 2\.5"),
+        (1, "tim", "cut by 'tim'"),
+    ],
+)
+def test_binning_refuses(T: Any, by: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Binning(T, by)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import struct
@@ -110,8 +111,9 @@ class TestCheckpoint:
     def test_state_of_a_run(self, tmp_path: Path) -> None:
         file = tmp_path / "last.safetensors"
         tensors = {"network.conv.weight": torch.zeros(4, 1, 3, 3), "optimizer.0": torch.zeros(4)}
-        best = {"epoch": 2, "val_accuracy": 0.5}
-        write_tensors(file, tensors, {"format": 1, "resume": {"epoch": 2, "step": 5, "best": best}})
+        best = {"epoch": 2, "stage": 1, "val_accuracy": 0.5, "val_loss": math.nan}
+        position = {"epoch": 2, "step": 5, "seconds": 0.5, "best": best, "precision": "fp32", "scaler": {}}
+        write_tensors(file, tensors, {"format": 1, "resume": position})
         found = inspect(file)
         assert (found["kind"], found["parameters"], found["num_tensors"]) == ("training state", 36, 2)
         assert "2 epochs and 5 steps finished" in shown(found)
@@ -264,6 +266,8 @@ class TestTables:
             (MODEL | {"class_names": range(11)}, "classes", "11: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …"),
             (MODEL | {"source": OWN}, "network", "nets:mine"),
             (MODEL | {"source": {"network": OWN["network"] | {"ann": True}}}, "network", "nets:mine, ANN twin"),
+            (MODEL | {"source": {"network": {"model": None, "tau": 0.5}}}, "network", "?, width 1; tau 0.5"),
+            (MODEL | {"source": {"data": {"name": "x", "class_names": None}}}, "data", "x, images []"),
             (MODEL | {"source": {"training": {"loss": "tet", "lam": None}}}, "training", "T=None, None epochs, TET"),
             (
                 MODEL | {"source": {"training": {"T": 2, "epochs": 9, "loss": "sdt", "switch_to_tet": 3, "lam": 0.05}}},

@@ -271,13 +271,25 @@ class TestRefusals:
             ({"extent": float("inf")}, "extent is inf"),
             ({"seed": -1}, "seed is -1"),
             ({"T": 0}, "must be at least 1, got 0"),
-            ({"batch_size": 0}, "must be at least 1, got 4 and 0"),
+            ({"T": "4"}, "T must be a whole number, got '4'"),
+            ({"T": True}, "T must be a whole number, got True"),
+            ({"T": 10**9}, "T is 1000000000; it must be at most 1024"),
+            ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+            ({"batch_size": 1.5}, r"batch_size must be a whole number, got 1\.5"),
+            ({"points": 21.0}, r"points must be a whole number, got 21\.0"),
+            ({"extent": "1"}, "extent must be a number, got '1'"),
+            ({"seed": 1.5}, r"seed must be a whole number, got 1\.5"),
             ({"precision": "int4"}, "unknown precision 'int4'; choose one of auto, fp32"),
         ],
     )
     def test_settings_out_of_range(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             LandscapeConfig(**{"T": 4, **options})
+
+    def test_without_classifiers_nothing_is_written(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="there are no classifiers to measure"):
+            measure_landscape({}, *digits(), CONFIG, tmp_path / "l.npz")
+        assert not list(tmp_path.iterdir())
 
     def test_other_settings_are_named_and_nothing_is_lost(self, tmp_path: Path) -> None:
         file = tmp_path / "l.npz"

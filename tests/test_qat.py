@@ -142,6 +142,9 @@ def test_bn_of_tokens_trains_with_the_linear_layer_before_it() -> None:
 def test_a_copy_has_weights_of_its_own() -> None:
     network = TracedNetwork(Tracer(copy.deepcopy(convsnn()), encoding="direct", uint8=True))
     x = torch.from_numpy(digits().images[:3])
+    for T, message in ((0, "T must be at least 1, got 0"), (None, "T must be a whole number, got None")):
+        with pytest.raises(ValueError, match=message):
+            network(x, T)
     with torch.no_grad():
         before = network(x, 2)
         copied = copy.deepcopy(network)

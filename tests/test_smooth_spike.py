@@ -60,6 +60,8 @@ def test_the_twin_has_the_networks_parameters_and_neurons(model: str) -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"k must be above 0 and finite; got 0\.0"):
         SmoothLIF(k=0.0)
+    with pytest.raises(ValueError, match="k must be a number, got '1'"):
+        SmoothLIF(k="1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Linear has no LIF or IF neurons to replace"):
         smooth_twin(nn.Linear(2, 2), k=1.0)
     with pytest.raises(ValueError, match=r"smooth_spike must be 0 \(off\) or a k above 0, got -1"):

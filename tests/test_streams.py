@@ -7,6 +7,7 @@ import io
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -369,6 +370,13 @@ def test_refused_states(tmp_path: Path) -> None:
             pool.open(StreamState(good.carried, good.sum_logits, t, good.model_sha256))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the state is damaged: carried must be of type Mapping, got NoneType"):
         pool.open(StreamState(None, good.sum_logits, 1, good.model_sha256))  # type: ignore[arg-type]
+    for changes, message in (
+        ({"model_sha256": None}, "model_sha256 must be of type str, got NoneType"),
+        ({"sum_logits": [0.0]}, "sum_logits must be of type ndarray, got list"),
+        ({"carried": good.carried | {"u.lif1": [0.0]}}, r"u\.lif1 must be of type ndarray, got list"),
+    ):
+        with pytest.raises(ValueError, match=f"the state is damaged: {message}"):
+            pool.open(replace(good, **changes))  # type: ignore[arg-type]
     assert len(pool) == 1
     assert pool.state(pool.open(StreamState(good.carried, good.sum_logits, 2**62, good.model_sha256))).t == 2**62
     data = good.to_bytes()

@@ -449,6 +449,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         BuildConfig(T=(3, 2, 4))
     with pytest.raises(ValueError, match=r"workspace_mb must lie in 1\.\.2147483647, got 0"):
         BuildConfig(workspace_mb=0)
+    for batch in (5, (1, 2)):
+        with pytest.raises(ValueError, match=r"batch must be three whole numbers \(MIN, OPT, MAX\), got"):
+            BuildConfig(batch=batch)  # type: ignore[arg-type]
+    for options in ({"batch": (1.5, 2, 3)}, {"T": (1, 2, "3")}, {"workspace_mb": "4"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))} must be a whole number, got"):
+            BuildConfig(**options)
 
 
 @pytest.mark.parametrize(

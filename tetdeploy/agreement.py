@@ -132,7 +132,7 @@ def computed_by(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Whose answers the reference of a model holds: the weights, how their layers compute, and in 8 bits at which
     scales. (That BN is folded, layout and T change none.) What the metadata of an earlier export lack is left out."""
     found = {key: metadata.get(key) for key in ("precision", "scales_sha256")}
-    found["checkpoint_sha256"] = metadata["source"].get("checkpoint_sha256", "")
+    found["checkpoint_sha256"] = metadata["source"].get("checkpoint_sha256") or ""
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tetdeploy.arguments import check_count
+
 _SPIKE_BYTES = 2e8
 
 
@@ -16,10 +18,9 @@ def parts(count: int, size: int, tick: Callable[[int], None] | None = None) -> I
         tick: called with the number of images of each part when that is done.
 
     Raises:
-        ValueError: `size` is 0 or less.
+        ValueError: `size` is no whole number, or 0 or less.
     """
-    if size < 1:
-        raise ValueError(f"a batch must have at least 1 image, got {size}")
+    size = check_count("the size of a batch", size)
     for start in range(0, count, size):
         stop = min(start + size, count)
         yield slice(start, stop)

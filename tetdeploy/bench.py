@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.arguments import check_whole
 from tetdeploy.engine import Engine
 from tetdeploy.runtimes.nvidia import gpu_name
 from tetdeploy.runtimes.sessions import MOST_THREADS, PROVIDERS, RUNTIMES, check_runtime
@@ -51,7 +52,8 @@ class Bench:
         load_ms: what making each of them took.
 
     Raises:
-        ValueError: a number is below 1 or too large, or a T beyond the graph; see also `Engine`.
+        ValueError: no batch or no number of threads is given; a number is not whole, below 1 or too large, or a T
+            beyond the graph; see also `Engine`.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Bench:
     ) -> None:
         bounds = (("batch", batches, MAX_SIZE), ("threads", threads, MOST_THREADS), ("T", steps, MAX_SIZE))
         for name, numbers, most in bounds:
-            if any(number < 1 for number in numbers):
+            if not numbers and numbers is not steps:
+                raise ValueError(f"{name}: there is nothing to time; give one number or more")
+            if any(check_whole(name, number) < 1 for number in numbers):
                 raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
             if any(number > most for number in numbers):
                 raise ValueError(f"{name} must be at most {most}, got {max(numbers)}")
@@ -107,9 +111,10 @@ class Bench:
         """
         if (seconds if repeats is None else repeats) <= 0:
             raise ValueError(f"repeats and seconds must be above 0, got {seconds if repeats is None else repeats}")
+        x = self.engine.check_input(x)
         inputs = {s.batch: x[np.arange(s.batch) % len(x)] for s in self.settings}
         for setting in self.settings:  # refuse what cannot run before anything is timed
-            self.engine.check_T(setting.T, self.engine.check_input(inputs[setting.batch]))
+            self.engine.check_T(setting.T, inputs[setting.batch])
         for setting, count in self._turns(repeats, seconds, share_done):
             engine, batch = self.engines[setting.threads], inputs[setting.batch]
             engine.run(batch, setting.T)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.names import section
-from tetdeploy.storage.form import COUNT, NUMBER, STEP, check_form
+from tetdeploy.storage.form import COUNT, NUMBER, STEP, as_json, check_form
 from tetdeploy.storage.provenance import ORIGIN
 from tetdeploy.storage.run_folder import CHECKPOINT_NAME, weights_file, weights_sha256
 from tetdeploy.storage.shards import read_shards, read_shards_content
@@ -117,11 +117,13 @@ def save_checkpoint(
         path: the file to write.
         classifier: network, its configuration and the input normalisation.
         training: how it was trained, JSON-able.
-        provenance: versions, time, epoch, accuracy, seed; JSON-able.
+        provenance: versions, time, epoch, accuracy, seed; JSON-able. NaN and infinity become null.
         int8: the scales that the network was fine-tuned at, `int8.calibration.Calibration.to_dict()`, if it was.
         fingerprint: of the images that were held out, or without any of those trained on; see `LabelledSet`.
 
     Raises:
+        ValueError: `training` or `provenance` say what reading would refuse, such as T=0.
+        TypeError: JSON has no form for a value of theirs, such as a tensor.
         OSError: the file cannot be written.
     """
     content: dict[str, Any] = {
@@ -135,6 +137,8 @@ def save_checkpoint(
         content["data"]["fingerprint"] = fingerprint
     if int8 is not None:
         content["int8"] = dict(int8)
+    content = as_json(content)
+    check_form(content, _FORM)
     write_tensors(path, classifier.network.state_dict(), content)
 
 

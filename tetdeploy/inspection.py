@@ -15,9 +15,9 @@ from tetdeploy.energy import Layer, input_kind, layers_of
 from tetdeploy.names import section
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.storage.files import is_utf8
-from tetdeploy.storage.form import NUMBER, check_form
+from tetdeploy.storage.form import check_form
 from tetdeploy.storage.model_file import METADATA_KEY, parse_metadata, session_metadata
-from tetdeploy.storage.run_folder import weights_file, weights_sha256
+from tetdeploy.storage.run_folder import POSITION, weights_file, weights_sha256
 from tetdeploy.storage.shards import shard_files
 from tetdeploy.storage.tensor_file import read_content, read_header
 from tetdeploy.system.extras import import_extra
@@ -64,9 +64,6 @@ def inspect(path: Path | str) -> dict[str, Any]:
     return {"kind": found.pop("kind")} | same | found
 
 
-_RESUME = {"epoch!": NUMBER, "step!": NUMBER, "best": {"epoch!": NUMBER, "val_accuracy": NUMBER}}
-
-
 def _inspect_shards(folder: Path) -> dict[str, Any]:
     files = list(shard_files(folder))
     tensors = {name: tensor for file in files for name, tensor in _tensors(file)[0].items()}
@@ -90,7 +87,7 @@ def _inspect_safetensors(file: Path) -> dict[str, Any]:
     if "resume" in content:
         network = _modules(section(tensors, "network."))
         try:
-            check_form(content["resume"], _RESUME)
+            check_form(content["resume"], POSITION)
         except ValueError as error:
             raise ValueError(f"{file} is damaged: where the run stands, {error}") from error
         return {"kind": "training state", "resume": content["resume"], "num_tensors": len(tensors)} | network

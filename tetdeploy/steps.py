@@ -28,4 +28,4 @@ def parse_steps(text: str) -> tuple[int, ...]:
 
 def trained_T(metadata: Mapping[str, Any]) -> int:
     """Steps of the training that a checkpoint's metadata tell of; 4 where they do not, as of an imported one."""
-    return int(metadata["training"].get("T", 4))
+    return int(metadata["training"].get("T") or 4)

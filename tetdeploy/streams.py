@@ -304,12 +304,15 @@ class StreamPool:
     def _check_state(self, state: StreamState) -> None:
         if not isinstance(state, StreamState):
             raise ValueError(f"state must be a StreamState, got {state!r}")
+        check_type("the state is damaged: model_sha256", state.model_sha256, str)
         if state.model_sha256 != self.engine.sha256:
             raise ValueError(
                 f"the state is of another model than {self.engine.path.name} (SHA-256 {state.model_sha256[:12]}..., "
                 f"not {self.engine.sha256[:12]}...); a stream goes on only with the very file it began with"
             )
         check_type("the state is damaged: carried", state.carried, Mapping)
+        for name, value in {**state.carried, "sum_logits": state.sum_logits}.items():
+            check_type(f"the state is damaged: {name}", value, np.ndarray)
         t = check_whole("the state is damaged: t", state.t)
         carried = {name: (value.shape, value.dtype) for name, value in state.carried.items()}
         total = state.sum_logits.shape, state.sum_logits.dtype

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tetdeploy.arguments import check_count
 from tetdeploy.networks import Classifier
 from tetdeploy.tracing import Tracer
 
@@ -48,7 +49,7 @@ class TracedNetwork(nn.Module):
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         frames = self.encoding == "frames"
-        steps = len(x) if frames else T or 1
+        steps = len(x) if frames else check_count("T", T)
         if steps not in self._by_T:
             # The check's recorder is for what runs, not for what is traced; and what is traced may be trained later.
             with _disable_current_modes(), torch.inference_mode(False):

@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tetdeploy.arguments import check_count, check_number, check_whole
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.networks import Classifier
+from tetdeploy.steps import MAX_T
 from tetdeploy.storage.files import read_npz, write_npz
 from tetdeploy.storage.form import as_json, parse_json
 from tetdeploy.sweep import check_class_numbers
@@ -68,15 +70,17 @@ class LandscapeConfig:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.T < 1 or (self.batch_size is not None and self.batch_size < 1):
-            raise ValueError(f"T and batch_size must be at least 1, got {self.T} and {self.batch_size}")
-        if self.points < 3 or self.points % 2 == 0:
+        if check_count("T", self.T) > MAX_T:
+            raise ValueError(f"T is {self.T}; it must be at most {MAX_T}")
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        if check_whole("points", self.points) < 3 or self.points % 2 == 0:
             raise ValueError(f"points is {self.points}; it must be odd, for the centre to be one, and at least 3")
         if self.points > MAX_POINTS:
             raise ValueError(f"points is {self.points}; it must be at most {MAX_POINTS}")
-        if not 0.0 < self.extent < float("inf"):
+        if not 0.0 < check_number("extent", self.extent) < math.inf:
             raise ValueError(f"extent is {self.extent}; it must be above 0 and finite")
-        if self.seed < 0:
+        if check_whole("seed", self.seed) < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
@@ -178,10 +182,12 @@ def measure_landscape(
         What was measured: all of it, unless stopped.
 
     Raises:
-        ValueError: `path` holds a measurement with other settings (the differences are named) or something else,
-            images and labels do not fit the classifiers, or the device is not there.
+        ValueError: there are no classifiers, `path` holds a measurement with other settings (the differences are
+            named) or something else, images and labels do not fit the classifiers, or the device is not there.
         OSError: the file cannot be written.
     """
+    if not classifiers:
+        raise ValueError("there are no classifiers to measure; give one or more, by name")
     for name, classifier in classifiers.items():
         _check(name, classifier, images, labels, config)
     device = pick_device(config.device)
@@ -197,7 +203,7 @@ def measure_landscape(
                 point_done()
                 if landscape.finished % config.points == 0:
                     save_landscape(path, landscape)
-    if landscape.finished:
+    if landscape.finished:  # other names, or points after the last row
         save_landscape(path, landscape)
     return landscape
 

@@ -11,19 +11,11 @@ from torch import Tensor, nn
 
 from tetdeploy.checkpoint import check_keys
 from tetdeploy.names import section
-from tetdeploy.storage.form import COUNT, LOOSE_NUMBER, NUMBER, STEP, check_form
+from tetdeploy.storage.form import check_form
+from tetdeploy.storage.run_folder import POSITION
 from tetdeploy.storage.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 
 from .optimizer import load_optimizer_tensors, optimizer_tensors, trainable
-
-_POSITION = {
-    "epoch!": COUNT,
-    "step!": COUNT,
-    "seconds!": NUMBER,
-    "best": {"epoch!": STEP, "stage!": STEP, "val_accuracy": LOOSE_NUMBER, "val_loss": LOOSE_NUMBER},
-    "precision!": str,
-    "scaler!": {},
-}
 
 
 @dataclass(frozen=True)
@@ -157,7 +149,7 @@ def _read_position(path: Path) -> dict[str, Any]:
     if position is None:
         raise ValueError(f"{path} is a checkpoint, not the state of a run; it cannot be resumed, only used with --init")
     try:
-        check_form(position, _POSITION)
+        check_form(position, POSITION)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return dict(position)

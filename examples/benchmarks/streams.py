@@ -11,6 +11,7 @@ beginning, the middle and the end of the ticks; a closing line opens and closes 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from tetdeploy.storage.files import write_json
 from tetdeploy.streams import StreamPool
 
 Array = Any
-_PAGE = 4096
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def rss_mb() -> float:

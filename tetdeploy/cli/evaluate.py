@@ -30,6 +30,7 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.steps import trained_T
 from tetdeploy.storage.files import write_json, write_npz
+from tetdeploy.storage.provenance import own_fraction
 from tetdeploy.storage.run_folder import CHECKPOINT_NAME, newest_run, seed_runs
 from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import first_line
@@ -181,7 +182,7 @@ class _DataSets:
 
         metadata = checkpoint.metadata
         name = trained_on(metadata, checkpoint.file) if self._data is None else self._data
-        fraction = float(metadata["training"].get("val_fraction", 0.0))
+        fraction = own_fraction(metadata)
         asked = {"T": trained_T(metadata), "fraction": fraction, "known": metadata["data"]}
         if (name, asked) != self._asked:
             self._asked = self._images = None  # which memory need not hold beside the next

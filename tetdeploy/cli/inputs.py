@@ -11,7 +11,7 @@ import click
 from tetdeploy.class_names import check_classes
 from tetdeploy.cli.terminal import command_line, console
 from tetdeploy.names import is_npz, is_own_model
-from tetdeploy.storage.provenance import own_data, said_of_data
+from tetdeploy.storage.provenance import own_data, own_fraction, said_of_data
 from tetdeploy.storage.run_folder import other_checkpoint
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def note_unfit_threshold(model: Path) -> None:
 def export_again(engine: Engine, run: Path) -> str:
     """What writes a model anew, in its place, of a run or checkpoint."""
     metadata, graph = engine.metadata, engine.path.with_suffix(".onnx")
-    unrolled, network = metadata["layout"] == "unrolled", metadata["source"].get("network", {}).get("model", "")
+    unrolled, network = metadata["layout"] == "unrolled", (metadata["source"].get("network") or {}).get("model") or ""
     options = {
         "--T": metadata["T"] if unrolled else "",
         "--layout": "" if unrolled else metadata["layout"],
@@ -106,10 +106,10 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     from tetdeploy.data import is_copy, same_data
 
     name, known = _data_name(engine, data), said_of_data(engine)
-    own_fraction = float(engine.metadata["source"].get("training", {}).get("val_fraction", 0.0))
+    held = own_fraction(engine.metadata["source"])
     trained_on = same_data(name, own_data(engine)) or (
         split != "test"  # for which no training part need be there
-        and is_copy(name, T=engine.trained_T, fraction=own_fraction, known=known)
+        and is_copy(name, T=engine.trained_T, fraction=held, known=known)
     )
     if is_npz(name) and not trained_on:
         if split is not None:
@@ -122,7 +122,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
         )
     if split == "validation" and not trained_on:
         raise click.UsageError(f"{name} is not what was trained on, so nothing is held out; take --split train or test")
-    fraction = own_fraction if trained_on else 0.0
+    fraction = held if trained_on else 0.0
     if split == "validation" and not fraction:
         raise ValueError(
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "

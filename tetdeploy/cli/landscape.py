@@ -32,6 +32,7 @@ from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.names import is_npz
 from tetdeploy.steps import trained_T
 from tetdeploy.storage.files import check_writable, write_json
+from tetdeploy.storage.provenance import own_fraction
 from tetdeploy.storage.run_folder import SHARDS_NAME, newest_run
 from tetdeploy.system.extras import import_extra
 from tetdeploy.system.signals import deferred_interrupt
@@ -203,7 +204,7 @@ def _images(
     from tetdeploy.data.images import mixed_order
 
     part = partial(load_part, source, split, data_dir=data_dir, T=trained_T(metadata[0]))
-    fractions = [float(m["training"].get("val_fraction", 0.0)) for m in metadata]
+    fractions = [own_fraction(m) for m in metadata]
     if split != "validation":
         images = part(fraction=max(fractions), known=metadata[0]["data"])
     else:

@@ -291,7 +291,7 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
     from tetdeploy.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(path)
-    wanted = str(engine.metadata["source"].get("checkpoint_sha256", ""))
+    wanted = engine.metadata["source"].get("checkpoint_sha256") or ""
     if checkpoint.sha256 != wanted:
         beside = checkpoint.file.parent.resolve() == engine.path.parent.resolve()
         raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.arguments import check_whole
 from tetdeploy.storage.files import opened_npz
 from tetdeploy.system.extras import MissingExtraError, import_extra
 from tetdeploy.wording import in_one_line, shorten
@@ -40,7 +41,7 @@ class Binning:
     by: Literal["count", "time"] = "count"
 
     def __post_init__(self) -> None:
-        if self.T < 1:
+        if check_whole("T", self.T) < 1:
             raise ValueError(f"recordings are cut into T of at least 1 frames, got {self.T}")
         if self.by not in ("count", "time"):
             raise ValueError(f"recordings are cut by {self.by!r}; choose count or time")

@@ -6,9 +6,12 @@ reach there, they reach without a mismatch of loss and gradient.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from tetdeploy.arguments import check_number
 from tetdeploy.neurons import LIF, membrane_dtype
 
 
@@ -31,7 +34,7 @@ class SmoothLIF(LIF):
 
     def __init__(self, *, k: float, tau: float = 0.5, v_th: float = 1.0) -> None:
         super().__init__(tau=tau, v_th=v_th)
-        if not 0.0 < k < float("inf"):
+        if not 0.0 < check_number("k", k) < math.inf:
             raise ValueError(f"k must be above 0 and finite; got {k}")
         self.k = float(k)
 

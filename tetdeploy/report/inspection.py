@@ -87,7 +87,7 @@ def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
             "operations not counted": ", ".join(found["uncounted"]),
             "compared with PyTorch": _checked(found),
             "exported": f"{found['created']} with {versions(found['versions']) or 'unknown versions'}",
-            "from checkpoint": found["source"].get("checkpoint_sha256", ""),
+            "from checkpoint": found["source"].get("checkpoint_sha256") or "",
         }
         | _origin_facts(found["source"])
     )
@@ -124,8 +124,9 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if network:
         kind = ", ANN twin" if network.get("ann") else ""
-        facts["network"] = f"{network['model']}{kind}"
-        if not is_own_model(network["model"]):  # the user's own has settings of its own
+        model = str(network.get("model") or "?")
+        facts["network"] = f"{model}{kind}"
+        if not is_own_model(model):  # the user's own has settings of its own
             known = [name for name in ("tau", "v_th", "gamma") if network.get(name) is not None]
             neurons = ", ".join(f"{name} {network[name]:g}" for name in known)
             facts["network"] += f", width {network.get('width') or 1:g}; {neurons}"
@@ -133,8 +134,8 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
         facts["data"] = f"{data.get('name')}, images {_shape(data.get('image_shape') or [])}"
         if (framing := Framing.of(data)) is not None:
             facts["recordings"] = str(framing)
-        if "class_names" in data:
-            facts["classes"] = _classes(data["class_names"])
+        if (names := data.get("class_names")) is not None:
+            facts["classes"] = _classes(names)
     if training:
         facts["training"] = _training(training)
     if parent := origin.get("init"):

@@ -30,8 +30,12 @@ def _with_null(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """`value` as JSON would give it back: tuples become lists."""
-    return json.loads(json.dumps(value))
+    """`value` as `json_text` would give it back: tuples become lists.
+
+    Raises:
+        TypeError: it holds what JSON has no form for.
+    """
+    return json.loads(json_text(value))
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -78,13 +78,19 @@ def engine_provenance(engine: Engine) -> dict[str, Any]:
 
 def own_data(engine: Engine) -> str:
     """What the model was trained on; empty where it does not say."""
-    return str(said_of_data(engine).get("name", ""))
+    return str(said_of_data(engine).get("name") or "")
 
 
 def said_of_data(engine: Engine) -> Mapping[str, Any]:
     """The settings of its training's data that the model has in its metadata."""
     data: Mapping[str, Any] | None = engine.metadata["source"].get("data")
     return data or {}
+
+
+def own_fraction(origin: Mapping[str, Any]) -> float:
+    """The share of its training's images that was held out; 0 where a checkpoint, or a model of its checkpoint
+    (`metadata["source"]`), does not say."""
+    return float((origin.get("training") or {}).get("val_fraction") or 0.0)
 
 
 def images_provenance(engine: Engine, name: str, x: NDArray[Any], labels: NDArray[np.int64] | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tetdeploy.arguments import check_path
 from tetdeploy.storage.files import sha256_of
+from tetdeploy.storage.form import COUNT, LOOSE_NUMBER, NUMBER, STEP
 from tetdeploy.storage.model_file import models_in
 from tetdeploy.storage.shards import INDEX_NAME, holds_shards
 
@@ -19,6 +20,14 @@ METRICS_NAME = "metrics.jsonl"
 SHARDS_NAME = "shards"
 SUMMARY_NAME = "summary.json"  # of several seeds
 LATEST_NAME = "latest"
+POSITION = {  # what the state says of where its run stands, see `storage.form`
+    "epoch!": COUNT,
+    "step!": COUNT,
+    "seconds!": NUMBER,
+    "best": {"epoch!": STEP, "stage!": STEP, "val_accuracy": LOOSE_NUMBER, "val_loss": LOOSE_NUMBER},
+    "precision!": str,
+    "scaler!": {},
+}
 
 
 def newest_run(runs: Path) -> Path:
