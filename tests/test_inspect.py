@@ -180,7 +180,15 @@ class TestModel:
         for num_check in (0, 4):
             file = tmp_path / f"{num_check}.onnx"
             with shared_traces():
-                found = export_model(convsnn(), file, ExportConfig(T=4), digits().images[:4], num_check=num_check)
+                found = export_model(
+                    convsnn(),
+                    file,
+                    ExportConfig(T=4),
+                    digits().images[:4],
+                    num_check=num_check,
+                    source={"loss": math.inf},
+                )
+            assert inspect(file)["source"] == {"loss": None}
             assert (found.parity is None, inspect(file)["checked"]) == (num_check == 0, num_check > 0)
             told.append([line for line in shown(inspect(file)).splitlines() if "compared with PyTorch" in line])
         (never,), (before,) = ([line.rstrip() for line in lines] for lines in told)

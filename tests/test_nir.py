@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -126,7 +127,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, An
     torch.manual_seed(0)
     made = calibrated(Everything())
     file = tmp_path_factory.mktemp("nir") / "deep" / "model.nir"
-    export_nir(made, file, trained_T=3, source={"checkpoint_sha256": "ab"})
+    export_nir(made, file, trained_T=3, source={"checkpoint_sha256": "ab", "loss": math.nan})
     return made, nir.read(file)
 
 
@@ -260,7 +261,10 @@ def test_the_metadata_say_what_goes_in_and_comes_out(everything: tuple[Classifie
     found = json.loads(everything[1].metadata["tetdeploy"])
     assert found["dt"] == DT and found["trained_T"] == 3 and found["encoding"] == "direct"
     assert found["normalization"]["mean"] == pytest.approx(digits().mean)
-    assert found["class_names"] == list(digits().class_names) and found["source"] == {"checkpoint_sha256": "ab"}
+    assert found["class_names"] == list(digits().class_names) and found["source"] == {
+        "checkpoint_sha256": "ab",
+        "loss": None,
+    }
 
 
 def test_frames_give_the_same_graph() -> None:
