@@ -180,14 +180,8 @@ class TestModel:
         for num_check in (0, 4):
             file = tmp_path / f"{num_check}.onnx"
             with shared_traces():
-                found = export_model(
-                    convsnn(),
-                    file,
-                    ExportConfig(T=4),
-                    digits().images[:4],
-                    num_check=num_check,
-                    source={"loss": math.inf},
-                )
+                options: dict[str, Any] = {"num_check": num_check, "source": {"loss": math.inf}}
+                found = export_model(convsnn(), file, ExportConfig(T=4), digits().images[:4], **options)
             assert inspect(file)["source"] == {"loss": None}
             assert (found.parity is None, inspect(file)["checked"]) == (num_check == 0, num_check > 0)
             told.append([line for line in shown(inspect(file)).splitlines() if "compared with PyTorch" in line])

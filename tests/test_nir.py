@@ -261,10 +261,8 @@ def test_the_metadata_say_what_goes_in_and_comes_out(everything: tuple[Classifie
     found = json.loads(everything[1].metadata["tetdeploy"])
     assert found["dt"] == DT and found["trained_T"] == 3 and found["encoding"] == "direct"
     assert found["normalization"]["mean"] == pytest.approx(digits().mean)
-    assert found["class_names"] == list(digits().class_names) and found["source"] == {
-        "checkpoint_sha256": "ab",
-        "loss": None,
-    }
+    assert found["class_names"] == list(digits().class_names)
+    assert found["source"] == {"checkpoint_sha256": "ab", "loss": None}
 
 
 def test_frames_give_the_same_graph() -> None:

@@ -130,30 +130,13 @@ def evaluate(
         own_file = split == "test" and is_own_file(images.name, metadata["data"]["name"])
         if own_file and images.name not in (row["data"] for row in rows if "trained_on" in row):
             note_own_file(images.name)
-        wanted = _steps(steps, classifier, trained_T(metadata))
-        qat = bool(metadata["training"].get("qat"))
-        if classifier.config.is_spiking and path not in beaten:
-            following.append((path, *(("--precision", "int8") if qat else ())))
-        size = batch_size or forward_batch(on)
+        wanted, size = _steps(steps, classifier, trained_T(metadata)), batch_size or forward_batch(on)
         classes = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
         predicted.append({T: classes[T - 1] for T in wanted})
-        row = {
-            "run": str(path),
-            "checkpoint_sha256": sha256,
-            "seed": metadata["training"].get("seed"),
-            "ann": classifier.config.ann,
-            "qat": qat,
-            "trained_T": trained_T(metadata),
-            "data": images.name,
-            "num_images": len(images),
-            "images_sha256": images.fingerprint,
-            "accuracy": [
-                {"T": T, "accuracy": float((found == images.labels).mean())} for T, found in predicted[-1].items()
-            ],
-        }
-        if own_file:
-            row["trained_on"] = True
-        rows.append(row)
+        row = _row(path, metadata, images, predicted[-1], ann=classifier.config.ann, checkpoint_sha256=sha256)
+        rows.append(row | ({"trained_on": True} if own_file else {}))
+        if classifier.config.is_spiking and path not in beaten:
+            following.append((path, *(("--precision", "int8") if row["qat"] else ())))
     result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
     if seeds:
         result["seeds"] = [_over_seeds(folder, summary, rows) for folder, summary in summaries.items()]
@@ -190,6 +173,23 @@ class _DataSets:
             self._images = images if self._limit is None else images.select(slice(self._limit))
             self._asked = name, asked
         return self._images
+
+
+def _row(
+    path: Path, metadata: Mapping[str, Any], images: Any, classes: Mapping[int, NDArray[np.int64]], **known: Any
+) -> dict[str, Any]:
+    """What the result says of a run, of `classes [N]` at each T; `known` goes with it."""
+    training = metadata["training"]
+    return {
+        "run": str(path),
+        "seed": training.get("seed"),
+        "qat": bool(training.get("qat")),
+        "trained_T": trained_T(metadata),
+        "data": images.name,
+        "num_images": len(images),
+        "images_sha256": images.fingerprint,
+        "accuracy": [{"T": T, "accuracy": float((found == images.labels).mean())} for T, found in classes.items()],
+    } | known
 
 
 def _shared_labels(paths: Sequence[Path], data_sets: _DataSets) -> NDArray[np.int64]:
