@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from tetdeploy.storage.model_file import METADATA_KEY, parse_metadata
+from tetdeploy.storage.model_file import METADATA_KEY, load_fault, parse_metadata
 
 
 def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
@@ -22,7 +22,6 @@ def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any
         if not graph.HasField("graph"):  # an empty file is a message without fields
             raise DecodeError("it has no graph")
     except DecodeError as error:
-        reason = "not an ONNX model, or a damaged one; export or copy it again"
-        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+        raise load_fault(path, error) from error
     texts = {entry.key: entry.value for entry in graph.metadata_props}
     return graph, parse_metadata(texts.get(METADATA_KEY), path)

@@ -503,8 +503,9 @@ def test_what_fails_gives_one_line(error: Exception, line: str, monkeypatch: pyt
 def test_a_model_that_memory_does_not_hold_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     path = exported("dynamic")
     monkeypatch.setattr(onnxruntime, "InferenceSession", Mock(side_effect=RuntimeError("std::bad_alloc")))
-    with pytest.raises(MemoryError, match=rf"^{path} cannot be loaded: std::bad_alloc$"):
-        Engine(path)
+    for read in (Engine, inspect):
+        with pytest.raises(MemoryError, match=rf"^{path} cannot be loaded: std::bad_alloc$"):
+            read(path)
 
 
 @pytest.mark.parametrize(("layout", "options"), [("unrolled", {"T": 4}), ("dynamic", {}), ("step", {})])

@@ -16,12 +16,11 @@ from tetdeploy.names import section
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.storage.files import is_utf8
 from tetdeploy.storage.form import check_form
-from tetdeploy.storage.model_file import METADATA_KEY, parse_metadata, session_metadata
+from tetdeploy.storage.model_file import METADATA_KEY, load_fault, parse_metadata, session_metadata
 from tetdeploy.storage.run_folder import POSITION, weights_file, weights_sha256
 from tetdeploy.storage.shards import shard_files
 from tetdeploy.storage.tensor_file import read_content, read_header
 from tetdeploy.system.extras import import_extra
-from tetdeploy.wording import first_line
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -200,8 +199,7 @@ def _session(file: Path) -> Any:
         model = file if is_utf8(file) else file.read_bytes()  # of bytes it finds no data beside the model
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception classes are private
-        fault = f"not an ONNX model, or a damaged one; export or copy it again ({first_line(error)})"
-        raise ValueError(f"{file} cannot be loaded: {fault}") from error
+        raise load_fault(file, error) from error
 
 
 def _port(port: Any) -> dict[str, Any]:

@@ -21,10 +21,16 @@ from tetdeploy.runtimes.cuda_graphs import GraphSession, why_not
 from tetdeploy.runtimes.native_session import NativeSession
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.runtimes.openvino_session import OpenVINOSession
-from tetdeploy.storage.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata, state_outputs
+from tetdeploy.storage.model_file import (
+    METADATA_KEY,
+    load_fault,
+    parse_metadata,
+    read_model,
+    session_metadata,
+    state_outputs,
+)
 from tetdeploy.system.extras import import_extra
 from tetdeploy.system.machine import default_threads
-from tetdeploy.wording import first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # packages, each with the extra that brings it
@@ -113,12 +119,8 @@ class Sessions:
         try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
             session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's own exception classes are private
-            if "std::bad_alloc" in str(error):
-                raise MemoryError(f"{self._path} cannot be loaded: {first_line(error)}") from error
-            fault = "not an ONNX model, or a damaged one; export or copy it again"
-            if self._device != "cpu":
-                fault += f"; or {self._device} cannot be used: check driver and libraries, or choose device='cpu'"
-            raise ValueError(f"{self._path} cannot be loaded: {fault} ({first_line(error)})") from error
+            hint = f"; or {self._device} cannot be used: check driver and libraries, or choose device='cpu'"
+            raise load_fault(self._path, error, hint if self._device != "cpu" else "") from error
         started = session.get_providers()
         if missing := [name for name in self._providers if name not in started]:
             raise ValueError(

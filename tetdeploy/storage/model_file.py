@@ -9,7 +9,7 @@ from typing import Any
 from tetdeploy.energy import layers_of
 from tetdeploy.storage.form import COUNT, NUMBER, STEP, check_form, parse_json
 from tetdeploy.storage.provenance import ORIGIN
-from tetdeploy.wording import quoted
+from tetdeploy.wording import first_line, quoted
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
@@ -82,6 +82,15 @@ def refuse_folder(path: Path) -> None:
         models = models_in(path)
         remedy = f"name a model in it, such as {models[0]}" if models else "write a model with: tetdeploy export"
         raise ValueError(f"{path} is a folder, not an .onnx file; {remedy}")
+
+
+def load_fault(path: Path, error: Exception, hint: str = "") -> ValueError | MemoryError:
+    """What to raise where the file of a model cannot be loaded: a MemoryError where `error` says that memory does not
+    suffice, else a ValueError, which ends in `hint` and the first line of `error`."""
+    if "std::bad_alloc" in str(error):
+        return MemoryError(f"{path} cannot be loaded: {first_line(error)}")
+    fault = "not an ONNX model, or a damaged one; export or copy it again"
+    return ValueError(f"{path} cannot be loaded: {fault}{hint} ({first_line(error)})")
 
 
 def session_metadata(session: Any, path: Path) -> dict[str, str]:
