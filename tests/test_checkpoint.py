@@ -527,6 +527,16 @@ def test_folders_that_were_made_go_again_where_nothing_is_written(write: Any, tm
     assert os.umask(before) == 0o022
 
 
+def test_a_checkpoint_is_no_more_private_than_other_files(tmp_path: Path) -> None:
+    for umask in (0o022, 0o077):
+        before = os.umask(umask)
+        save_checkpoint(tmp_path / f"{umask}.safetensors", convsnn(), training={}, provenance={})
+        (tmp_path / f"{umask}.plain").touch()
+        os.umask(before)
+        modes = [(tmp_path / f"{umask}{suffix}").stat().st_mode for suffix in (".safetensors", ".plain")]
+        assert modes[0] == modes[1]
+
+
 def test_another_file_that_is_missing_meanwhile_has_its_own_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "written"):
         (tmp_path / "read").read_bytes()

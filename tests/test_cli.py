@@ -846,20 +846,24 @@ class TestBadInput:
             printed(text, **options)
 
         monkeypatch.setattr(console, "print", tell)
-        result = run("quickstart", "--seed", "7")
+        result = run("quickstart", "--seed", "7", "--json", "result.json")
         assert result.exit_code == 0, result.output
         assert begun == ["export", "sweep"]
         assert result.output.splitlines()[-1] == f"the model: {folder}/model-T8.onnx"
         assert Path(folder, "model-T8.onnx").exists()
         training = json.loads(Path(folder, "config.json").read_text())["training"]
         assert (training["seed"], training["epochs"]) == (7, 2)
-        rows = json.loads(Path(folder, "model-T8.sweep.json").read_text())["rows"]
+        assert not Path(folder, "model-T8.sweep.json").exists()
+        rows = json.loads(Path("result.json").read_text())["rows"]
         assert [row["T"] for row in rows] == [*range(1, 9)]
         assert rows[3]["accuracy"] > 0.7
 
     def test_quickstart_refuses_a_bad_switch_before_it_trains(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TETDEPLOY_NATIVE", "yes")
         assert refused("quickstart").startswith("Error: TETDEPLOY_NATIVE is 'yes'; it must be 0,")
+        monkeypatch.delenv("TETDEPLOY_NATIVE")
+        Path("text").touch()
+        assert "choose another with --json" in refused("quickstart", "--json", "text/q.json")
         assert not Path("runs").exists()
 
     def test_picojoules_that_cannot_be(self, workplace: Path) -> None:

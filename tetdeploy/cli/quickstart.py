@@ -9,7 +9,7 @@ import click
 from tetdeploy import native
 from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.export import export
-from tetdeploy.cli.options import runs_option
+from tetdeploy.cli.options import checked_output, runs_option
 from tetdeploy.cli.sweep import sweep
 from tetdeploy.cli.terminal import console
 from tetdeploy.cli.train import train
@@ -25,8 +25,15 @@ Examples:
 )
 @click.option("--seed", default=0, show_default=True)
 @runs_option
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=checked_output,
+    help="Where the result goes. [default: beside the model]",
+)
 @click.pass_context
-def quickstart(ctx: click.Context, seed: int, runs: Path) -> None:
+def quickstart(ctx: click.Context, seed: int, runs: Path, json_path: Path | None) -> None:
     """The whole path on small real images: train, fold, export, check, run at T = 1..8.
 
     Trains a small convolutional SNN with TET at T=4 on scikit-learn's 1,797 scanned digits; works offline.
@@ -37,5 +44,5 @@ def quickstart(ctx: click.Context, seed: int, runs: Path) -> None:
     console.print("\n2  tetdeploy export --T 8 --fold-bn", style="bold")
     model = ctx.invoke(export, run=run, T=8)
     console.print("\n3  tetdeploy sweep --T 1:8", style="bold")
-    ctx.invoke(sweep, model=model, steps=tuple(range(1, 9)))
+    ctx.invoke(sweep, model=model, steps=tuple(range(1, 9)), json_path=json_path)
     console.print(f"\nthe model: {model}")

@@ -44,6 +44,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], content: Mapp
     # Each tensor its own copy: safetensors refuses tensors that share memory, as those of a module used twice do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
+        mode = temporary.stat().st_mode
         try:
             safetensors.save_file(copies, temporary, metadata={METADATA_KEY: json.dumps(content)})
         except SafetensorError as error:
@@ -51,6 +52,8 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], content: Mapp
             if number is None:
                 raise OSError(f"cannot write {path}: {error}; an earlier file there is as it was") from error
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        if temporary.stat().st_mode != mode:  # it puts a private file in the place of the one that was there
+            temporary.chmod(mode)
 
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
