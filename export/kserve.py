@@ -43,6 +43,12 @@ def check_storage_uri(uri: str) -> None:
         raise ValueError(f"{uri!r} is no storage URI; give one such as pvc://models/digits or s3://bucket/digits")
 
 
+def check_image(image: str) -> None:
+    """Refuse, with ValueError, what no container image is called."""
+    if not re.fullmatch(r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]+)?(@[\w+.:-]+)?", image, re.ASCII):
+        raise ValueError(f"{image!r} is no name of a container image; give one such as REGISTRY/tetdeploy:1")
+
+
 def check_target(what: object, target: str) -> None:
     """Refuse, with ValueError, what was made, or is to be, for a GPU: neither image nor manifest has one."""
     if target not in RUNTIMES:
@@ -64,10 +70,11 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
         runtime: of `tetdeploy serve`, one of `RUNTIMES`; the image has it.
 
     Raises:
-        ValueError: the name is none for Kubernetes, or the URI has no scheme.
+        ValueError: the name is none for Kubernetes, the URI has no scheme, or the image is none.
     """
     check_service_name(name)
     check_storage_uri(storage_uri)
+    check_image(image)
 
     def probe(path: str, **more: int) -> dict[str, Any]:
         return {"httpGet": {"path": path, "port": HTTP_PORT}, "periodSeconds": PERIOD, "timeoutSeconds": 5, **more}

@@ -141,6 +141,19 @@ def test_what_is_refused_is_thrown_away_as_it_comes() -> None:
     running(test)
 
 
+def test_a_client_that_asks_first_is_told_before_it_sends_too_much() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        asks = (b"expect", b"100-Continue")
+        status, error = await Client(limit, headers=(asks, (b"content-length", b"101"))).answer()
+        assert (status, "at most 100 bytes, got 101" in error) == (413, True)
+        app.let_go.set()
+        small = Client(limit, headers=(asks, (b"content-length", b"100")))
+        await small.send(bytes(100))
+        assert await small.answer() == (200, "")
+
+    running(test)
+
+
 def test_a_slow_body_gives_its_bytes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
 

@@ -1075,13 +1075,23 @@ class TestBadInput:
             ("report", RUN, "--markdown", f"{RUN}/config.json"),
             ("evaluate", RUN, "--predictions", f"{RUN}/config.json"),
             ("evaluate", RUN, "--predictions", f"{RUN}/model-T3.reference.npz"),
+            *((command, MODEL, "--json", f"{RUN}/config.json") for command in ("sweep", "inspect", "bench")),
+            ("export", RUN, "-o", "new.onnx", "--json", f"{RUN}/metrics.jsonl"),
+            ("evaluate", RUN, "--json", "link.json"),
+            ("train", "--resume", RUN, "--json", f"{RUN}/config.json"),
+            *(("inspect", MODEL, "--json", f"{name}.json") for name in ("m.exit", "m.engine", "index", "summary")),
         ],
     )
     def test_an_output_does_not_take_the_place_of_something_else(
         self, command: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Path(f"{RUN}/last.safetensors").touch()
-        Path("link.onnx").symlink_to(f"{RUN}/config.json")
+        for name in ("link.onnx", "link.json"):
+            Path(name).symlink_to(f"{RUN}/config.json")
+        Path("m.exit.json").write_text('{"kind": "exit"}')
+        Path("m.engine.json").write_text('{"graph_sha256": "", "metadata": {}}')
+        Path("index.json").write_text('{"metadata": {}, "weight_map": {}}')
+        Path("summary.json").write_text('{"recipe": null, "mean_val_accuracy": 0.5}')
         before = snapshot(workplace)
         for name in ("export.export_model", "engine.Engine.run"):
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
@@ -1191,7 +1201,6 @@ class TestBadInput:
             (("train", "--out", "new"), "new/metrics.jsonl", "metrics.jsonl of new"),
             (("train", "--out", "new", "--seeds", "0,1"), "new/summary.json", "summary.json of new"),
             (("train", "--out", "new", "--seeds", "0,1"), "new/seed-1/config.json", "config.json of new/seed-1"),
-            (("train", "--resume", RUN), f"{RUN}/config.json", f"config.json of {RUN}"),
             (("train",), f"{RUN}-2/config.json", f"config.json of {RUN}-2"),
             (("train", "--out", "new", "--runs", "others"), "others/latest", "the link to the newest run"),
             *(

@@ -18,8 +18,9 @@ import pytest
 from export_helpers import digits, exported, frames
 
 from tetdeploy.agreement import load_reference, reference_path
-from tetdeploy.early_exit import exit_path
+from tetdeploy.early_exit import Exit, exit_path
 from tetdeploy.engine import Array, Engine
+from tetdeploy.serve import models
 from tetdeploy.serve.models import _NUM_MEASURED, Bounds, ServedModel, step_energy_pj
 from tetdeploy.serve.scheduler import CallFailedError, Limits
 from tetdeploy.serve.sequences import UnknownSequenceError
@@ -180,13 +181,21 @@ def test_the_state_of_all_sequences_is_bounded() -> None:
         assert model.sequences is not None and model.sequences.limit == limit
 
 
-def test_a_T_that_the_server_would_refuse_is_said_when_it_starts(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_T_that_the_server_would_refuse_is_said_when_it_starts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Engine(exported("step"), threads=1)
     ServedModel("m", engine, Limits(), Bounds(engine.trained_T, 60, 9))
     assert not caplog.messages
     ServedModel("m", engine, Limits(), Bounds(engine.trained_T - 1, 60, 9))
     (said,) = caplog.messages
     assert said.startswith(f"m takes {engine.trained_T} steps unless a request says T")
+    caplog.clear()
+    monkeypatch.setattr(models, "_calibrated", lambda engine: (Exit(0.5, "confidence", 1), 7))
+    ServedModel("m", engine, Limits(), Bounds(6, 60, 9))
+    assert caplog.messages == [
+        "m, asked for early exit, takes 7 steps unless a request says T, and --max-T 6 refuses that"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,12 @@ main(["validate", "run/model-T3.onnx", "--data", "mine.npz", "--fail-under", "ag
         assert written()["rows"][2]["top1_agreement"] <= 0.75
         assert "failed: agreement at T=3: 0.75, wanted at least 0.999" in output
 
+    def test_steps_that_the_reference_lacks_are_not_said_to_be_compared(self) -> None:
+        output = run(DYNAMIC, "--data", "digits", "--limit", "9", "--T", "8,9").output
+        assert "model-dynamic.reference.npz holds T=3, no T=8, so nothing is compared with PyTorch" in output
+        assert "compared with what PyTorch made" not in output and "spike count error" not in output
+        assert written("run/model-dynamic.validate.json")["agreement"] is None
+
     def test_no_reference(self) -> None:
         Path("run/model-T3.reference.npz").unlink()
         assert "no reference images at run/model-T3.reference.npz" in refused(MODEL)

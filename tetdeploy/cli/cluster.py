@@ -84,19 +84,24 @@ def _checkpoint(ctx: click.Context) -> Path:
 
 def _checked_name(ctx: click.Context, source: Path) -> str:
     """What the model is called, by default as the folder of its `source`. Refused before an export takes its time."""
-    name = str(ctx.params["name"] or source.resolve().parent.name)
+    name = source.resolve().parent.name if ctx.params["name"] is None else str(ctx.params["name"])
     if ctx.params["file_format"] == "triton-repository":
         from tetdeploy.export.repository import check_name
 
         check_name(name)
         return name
-    from tetdeploy.export.kserve import check_service_name, check_storage_uri
+    from tetdeploy.export.kserve import check_image, check_service_name, check_storage_uri
 
     if ctx.params["name"] is None:
         name = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     check_service_name(name)
     check_storage_uri(ctx.params["storage_uri"])
+    check_image(_image(ctx))
     return name
+
+
+def _image(ctx: click.Context) -> str:
+    return DEFAULT_IMAGE if ctx.params["image"] is None else str(ctx.params["image"])
 
 
 def _exported(ctx: click.Context) -> list[Path]:
@@ -131,7 +136,7 @@ def _write_service(ctx: click.Context, model: Path, name: str, path: Path) -> No
     if metadata["layout"] == "sequence":
         raise ValueError(f"{model} is a step graph for Triton, which keeps its state; give the one it was made of")
     check_target(model, metadata["target"])
-    storage_uri, image = ctx.params["storage_uri"], ctx.params["image"] or DEFAULT_IMAGE
+    storage_uri, image = ctx.params["storage_uri"], _image(ctx)
     runtime = RUNTIMES[metadata["target"]]
     service = inference_service(name, model_file=model.name, storage_uri=storage_uri, image=image, runtime=runtime)
     write_inference_service(path, service)

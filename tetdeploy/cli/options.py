@@ -15,7 +15,7 @@ import click
 
 from tetdeploy.steps import MAX_T, parse_steps
 from tetdeploy.storage.files import MODELS, check_writable
-from tetdeploy.storage.run_folder import newest_export
+from tetdeploy.storage.run_folder import is_read_again, newest_export
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -106,21 +106,22 @@ def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None
 def _check_output(path: Path, option: str) -> None:
     begins = {"--json": b"{", "--predictions": b"PK", "--markdown": b"# "}.get(option, b"")
     check_writable(path, begins=begins, remedy=f"choose another with {option}")
-    if option == "--predictions" and path.is_file() and path.stat().st_size and not _holds_predictions(path):
-        text = "it is there, and something else; choose another with --predictions, or remove it"
+    is_other = {"--json": is_read_again, "--predictions": _holds_no_predictions}.get(option)
+    if is_other is not None and path.is_file() and path.stat().st_size and is_other(path):
+        text = f"it is there, and something else; choose another with {option}, or remove it"
         raise OSError(f"cannot write {path}: {text}")
     ending = Path(os.path.realpath(path)).suffix
     if option == "--json" and ending in {*MODELS, ".npz"}:  # it might be what the command writes
         raise OSError(f"cannot write {path}: JSON has no name in {ending}; choose another with --json")
 
 
-def _holds_predictions(path: Path) -> bool:
-    """Rather than a data set, say, which may be a `.npz` too."""
+def _holds_no_predictions(path: Path) -> bool:
+    """But a data set, say, which may be a `.npz` too."""
     try:
         with ZipFile(path) as arrays:
-            return "predicted.npy" in arrays.namelist()
+            return "predicted.npy" not in arrays.namelist()
     except BadZipFile:
-        return False
+        return True
 
 
 def steps_option(default: str) -> Callable[[F], F]:

@@ -184,9 +184,13 @@ class _Job:
         engine, steps = self.engine, self.wanted or default_steps(self.engine)
         there = reference_path(engine.path).exists()
         reference = load_reference(engine) if there or self._needs_agreement else None
-        if reference is None:
-            console.print(f"no {reference_path(engine.path).name}, so nothing is compared with PyTorch", style="dim")
-        gates = self._placed(steps, compared=[t for t in steps if reference is not None and t <= reference.T])
+        compared_steps = [t for t in steps if reference is not None and t <= reference.T]
+        gates = self._placed(steps, compared=compared_steps)
+        if not compared_steps:
+            name_of = reference_path(engine.path).name
+            why = f"no {name_of}" if reference is None else f"{name_of} holds T={reference.T}, no T={min(steps)}"
+            console.print(f"{why}, so nothing is compared with PyTorch", style="dim")
+            reference = None
         check_images(engine, x, labels, max(steps))
         run = Pass(engine, x, labels, max(steps), batch_size=self.batch_size)
         self._finish(run, _partial(partial_path, run, name))

@@ -139,6 +139,10 @@ class BodyLimit:
         as it comes: a client that is still sending when the connection closes would not see the answer."""
         if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in scope["headers"]):
             raise HTTPException(415, "compressed bodies are not read here; send them as they are")
+        headers = dict(scope["headers"])
+        announced = int(headers.get(b"content-length", b"0"))  # a number, or the server would have refused it
+        if announced > self.max_bytes and headers.get(b"expect", b"").lower() == b"100-continue":
+            raise self._too_large(announced)  # the client waits to hear whether it may send that
         body, size, more = bytearray(), 0, True  # a list of small parts would hold more than their bytes
         refused: HTTPException | None = None
         try:
@@ -159,8 +163,7 @@ class BodyLimit:
             late = (408, f"the body took more than {self._seconds:g} s to arrive") if self._seconds else (503, CUT_OFF)
             refused = refused or HTTPException(*late, {"Connection": "close"})
         if size > self.max_bytes:
-            wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
-            refused = HTTPException(413, f"{wanted}; --max-request-mb sets the server's limit")
+            refused = self._too_large(size)
         if refused is not None:
             body.clear()  # the error's traceback holds this frame while it is answered
             raise refused
@@ -174,6 +177,10 @@ class BodyLimit:
                 yield
             finally:
                 self._arriving.discard(arriving)
+
+    def _too_large(self, size: int) -> HTTPException:
+        wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
+        return HTTPException(413, f"{wanted}; --max-request-mb sets the server's limit")
 
     def _refusal(self, size: int, added: int, share: Share) -> HTTPException | None:
         """Why a body of which `size` bytes came, the last `added` just now, is not kept."""

@@ -78,11 +78,10 @@ class ServedModel:
             limit = max(1, min(bounds.max_sequences, bounds.max_state // pool.stream_nbytes))
             self.sequences = Sequences(pool, timeout=bounds.sequence_timeout, limit=limit)
         self._rule = _calibrated(engine) if engine.layout == "step" else None
-        own = max(engine.own_T, self._rule[1] if self._rule else 0)
-        if engine.encoding == "direct" and own > bounds.max_T:
-            logger.warning(
-                "%s takes %d steps unless a request says T, and --max-T %d refuses that", name, own, bounds.max_T
-            )
+        for steps, asked in ((engine.own_T, ""), (self._rule[1] if self._rule else 0, ", asked for early exit,")):
+            if engine.encoding == "direct" and steps > bounds.max_T:
+                text = "%s%s takes %d steps unless a request says T, and --max-T %d refuses that"
+                logger.warning(text, name, asked, steps, bounds.max_T)
 
     async def infer(self, x: Array, *, T: int | None = None, early_exit: bool | float = False) -> Result:
         """Run images or frames from u = 0, together with other requests of the same T, shape and early exit.

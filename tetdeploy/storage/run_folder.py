@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tetdeploy.arguments import check_path
 from tetdeploy.storage.files import sha256_of
-from tetdeploy.storage.form import COUNT, LOOSE_NUMBER, NUMBER, STEP
+from tetdeploy.storage.form import COUNT, LOOSE_NUMBER, NUMBER, STEP, parse_json
 from tetdeploy.storage.model_file import models_in
 from tetdeploy.storage.shards import INDEX_NAME, holds_shards
 
@@ -28,6 +28,22 @@ POSITION = {  # what the state says of where its run stands, see `storage.form`
     "precision!": str,
     "scaler!": {},
 }
+
+# Of JSON objects that commands read again: a run's settings, a summary of seeds, an index of shards, a manifest.
+_READ_AGAIN = ({"network", "training"}, {"recipe", "mean_val_accuracy"}, {"weight_map"}, {"graph_sha256", "metadata"})
+
+
+def is_read_again(file: Path) -> bool:
+    """Whether a JSON file holds what commands need, rather than a result: something of a run, of shards or of an
+    engine, or a model's threshold."""
+    file = Path(os.path.realpath(file))
+    if file.suffix == ".jsonl" or file.name.endswith(".exit.json"):
+        return True
+    try:
+        content = parse_json(file.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "kind" not in content and any(keys <= content.keys() for keys in _READ_AGAIN)
 
 
 def newest_run(runs: Path) -> Path:
