@@ -94,7 +94,7 @@ def export_model(
 
     Args:
         classifier: put into inference mode here. Only its neurons may carry anything from one step to the next, and
-            nothing from one image of a batch to another.
+            nothing may pass from one image of a batch to another.
         path: the `.onnx` file; the reference goes to `<path without .onnx>.reference.npz`.
         images: real input, uint8 `[N, C, H, W]` or frames `[N, T, C, H, W]`; float32 that is normalised already where
             `config.normalize` is off and the data have no pixels. The first `num_check` are compared, up to 256
@@ -103,14 +103,14 @@ def export_model(
         source: what the model was made from, kept in the metadata: `network`, `data`, `training` and `provenance` of a
             checkpoint, its `checkpoint_sha256`, and whatever else.
         num_check: images compared with PyTorch; 0 leaves the check out.
-        calibration: images and labels of the training set that an int8 graph takes its scales from, other ones than
-            `images` where there are enough; or the scales themselves, of a network that was fine-tuned at them.
+        calibration: images and labels of the training set from which an int8 graph takes its scales, different from
+            `images` where there are enough; or the scales themselves, for a network that was fine-tuned at them.
         progress: called with (what, done, all), done from 0 on, while images run: of the calibration, of the check,
             and of what int8 or fp16 keeps.
 
     Raises:
-        ValueError: the network cannot be exported so, and why (FoldingError, ParityError among them). Nothing is
-            written then, and earlier files stay as they were.
+        ValueError: the network cannot be exported in this way; the message says why (FoldingError and ParityError are
+            among them). Nothing is written then, and earlier files stay as they were.
         OSError: the folder cannot be written.
     """
     path = Path(path)

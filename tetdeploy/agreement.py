@@ -210,7 +210,7 @@ def compare_reference(
     `spike_count_error`, the differences over all neuron-steps, is a lower bound of the spike mismatch rate.
 
     Args:
-        T: steps to compare; at most those that the reference holds are.
+        T: steps to compare; of more than the reference holds, those that it holds.
         tick: called with the number of images done.
 
     Raises:

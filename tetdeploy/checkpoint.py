@@ -146,19 +146,19 @@ def load(path: Path | str | Checkpoint, *, network: nn.Module | None = None) -> 
     """The trained classifier of a checkpoint, on the CPU and in eval mode.
 
     Args:
-        path: a checkpoint, a run folder that holds one, or a folder of shards (`tetdeploy train --shards-mb`), of more
-            in it the latest; or what `read_checkpoint` has read.
+        path: a checkpoint, a run folder that holds one, or a folder of shards (`tetdeploy train --shards-mb`; the
+            latest, if it holds several); or what `read_checkpoint` has read.
         network: an instance of the user's own network, needed if the checkpoint was trained with one
             (`package.module:function`): a file never decides what code is imported.
 
     Returns:
         A `Classifier`: `classifier(x, T=6)` gives logits [T, N, K] for images x [N, C, H, W], uint8 or normalised;
-        of a network of frames x is [T, N, C, H, W].
+        for a network of frames, x is [T, N, C, H, W].
 
     Raises:
         FileNotFoundError: there is no such file, or the run has no checkpoint yet.
-        ValueError: not a checkpoint of ours, truncated, a pickle; the weights do not fit the network, or one is NaN;
-            `network` is no instance of one.
+        ValueError: not a checkpoint of ours, truncated, or a pickle; the weights do not fit the network, or one is NaN;
+            `network` is not an `nn.Module`.
     """
     import_extra("torch", "train")
     from tetdeploy.networks import Classifier, build_network
@@ -176,8 +176,8 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
     Args:
         classifier: keeps its own configuration and normalisation; only its network's state changes.
         path: a checkpoint, a run folder that holds one, or a folder of shards; or what `read_checkpoint` has read.
-        other_classes: the checkpoint may be of another number of classes. What differs in it alone, the readout, is
-            not copied.
+        other_classes: the checkpoint may have another number of classes. What differs only in that number, the readout,
+            is not copied.
 
     Returns:
         The names of the weights that were not copied. A warning says if the user's own network has other code by now.

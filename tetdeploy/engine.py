@@ -58,15 +58,15 @@ class Engine:
             first that CUDA shows) state and images stay there between the steps of a run or a stream.
         threads: threads of one operation; by default all cores, or those that affinity and a CPU quota leave.
         runtime: `onnxruntime`, or `openvino` on a CPU.
-        native: whether this package's own operators, in C (`tetdeploy.native`), run what stands between convolutions
-            and, where the processor has AVX2 or AMX, convolutions: the results of ONNX Runtime's own in less time, but
-            for the last digits of float32 convolutions of spikes: there sums are exact, of weights that are rounded to
-            24 bits of the largest of their channel (docs/native.md). None: where that can be and the network is large
-            enough for it to count. True fails where they are missing; in a graph that has nothing for them to do,
-            ONNX Runtime's own run, as the attribute says.
+        native: whether this package's own operators in C (`tetdeploy.native`) run what lies between convolutions and,
+            where the processor has AVX2 or AMX, the convolutions too. They give the results of ONNX Runtime's own
+            operators in less time, except for the last digits of float32 convolutions of spikes: those sums are exact,
+            over weights rounded to 24 bits of the largest in their channel (docs/native.md). None: where this is
+            possible and the network is large enough for it to matter. True fails where they are missing; in a graph
+            that has nothing for them to do, ONNX Runtime's own run, as the attribute `native` says.
         cuda_graphs: on device `cuda`, record the kernels of a call once for each batch size and launch them as one, so
-            that small batches do not wait for the CPU. Not for dynamic graphs. Counting goes without. While a batch
-            size comes up for the first time nothing else of the process may use the GPU.
+            that small batches do not wait for the CPU. Not for dynamic graphs; counting does not use them. While a
+            batch size is run for the first time, nothing else in the process may use the GPU.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
@@ -78,12 +78,12 @@ class Engine:
         their channels lie last in memory).
 
     Raises:
-        ValueError: `model` is no path; the file is no ONNX model, none of ours, or not what its metadata say; the
-            device is unknown or its provider not available; the runtime is unknown, cannot run on the device, or may
-            compute the graph wrongly; threads is no whole number from 1 on, or too large; native or cuda_graphs is no
-            flag, or True where that cannot be.
+        ValueError: `model` is not a path; the file is not an ONNX model, not one of ours, or not what its metadata say;
+            the device is unknown or its provider not available; the runtime is unknown, cannot run on the device, or
+            may compute the graph wrongly; threads is not a whole number of at least 1, or too large; native or
+            cuda_graphs is not a flag, or True where that is impossible.
         OSError: the file cannot be read.
-        MemoryError: the memory does not hold the model.
+        MemoryError: the model does not fit into memory.
         MissingExtraError: the runtime is not installed.
     """
 
@@ -141,14 +141,14 @@ class Engine:
         Args:
             x: images `[N, C, H, W]` (direct encoding) or frames `[N, T, C, H, W]`, in the model's input dtype.
             T: number of steps. By default all steps of the frames, or the T of the export.
-            exit: when an image stops before T. It leaves the batch, on a GPU with half of it, which then costs less.
-                The step layout only.
+            exit: when an image stops before T. Images that stopped leave the batch (on a GPU, once they are half of
+                it), which then costs less. Step layout only.
 
         Raises:
             ValueError: x has another shape or dtype than the model's, is masked, or holds NaN or values beyond LARGEST;
                 T is no whole number, below 1, above MAX_T for images, or beyond what an unrolled graph or the frames
                 hold; early exit in another layout than step; no image has finite logits.
-            TypeError: `exit` is none.
+            TypeError: `exit` is not an `Exit`.
         """
         x = self.check_input(x)
         T = self.check_T(T, x)

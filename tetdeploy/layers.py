@@ -49,7 +49,7 @@ class tdBN(nn.BatchNorm2d):
     convolution before it (Eq. 6).
 
     Raises:
-        ValueError: `v_th` is no number above 0 and finite, or `alpha` none from 0 on and finite.
+        ValueError: `v_th` is not a finite number above 0, or `alpha` is not a finite number of at least 0.
     """
 
     def __init__(self, num_features: int, *, v_th: float = 1.0, alpha: float = 1.0, **options: Any) -> None:

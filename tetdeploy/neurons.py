@@ -297,8 +297,8 @@ def _checked_lif(
 class LIF(nn.Module):
     """Leaky integrate-and-fire neurons, u(0) = 0 (Eqs. 1-5). Maps currents `[T, ...]` to spikes `[T, ...]`.
 
-    Args and errors: see `lif`; a parameter that is out of its range or wants a gradient raises ValueError, one that is
-    set later when the neurons are called.
+    Args and errors: see `lif`. A parameter that is out of its range or wants a gradient raises ValueError; for one that
+    is set later, this happens when the neurons are called.
     """
 
     def __init__(self, *, tau: float = 0.5, v_th: float = 1.0, gamma: float = 1.0) -> None:

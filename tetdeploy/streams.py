@@ -99,8 +99,8 @@ class StreamPool:
             have been built for fewer, and a CPU takes fewer of a large network.
 
     Raises:
-        ValueError: `engine` is none; the graph gives no state out; `max_batch` is no whole number, or below 1; the
-            engine does not take every smaller batch.
+        ValueError: `engine` is not an `Engine`; the graph gives no state out; `max_batch` is not a whole number, or
+            below 1; the engine does not take every smaller batch.
     """
 
     def __init__(self, engine: Engine, *, max_batch: int = 64) -> None:
@@ -135,7 +135,8 @@ class StreamPool:
     @property
     def nbytes(self) -> int:
         """Memory of all state: doubled as streams open and halved as they close, so below four times what they need, or
-        that of eight streams. Halving takes memory as well; without it, it waits until another stream closes."""
+        that of eight streams. Halving itself needs memory; where there is none, it waits until another stream closes.
+        """
         return self._carried.nbytes + self._sums.nbytes
 
     @property

@@ -169,8 +169,8 @@ def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def check_logits(per_step: NDArray[Any]) -> None:
-    """Refuse to count answers that are none. A run of the engine lets one pass as long as other images of the call have
-    answers, which may be those of a server's other clients.
+    """Refuse to count logits that are no answer. A run of the engine lets them pass as long as other images of the
+    call, which may be those of a server's other clients, have answers.
 
     Args:
         per_step: `[N, T, K]`.

@@ -50,7 +50,7 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """How a run is computed and carried, of no effect on its results; what goes on with a run goes on so by default.
+    """How a run is computed and carried, with no effect on its results; a continued run keeps it by default.
 
     Attributes:
         cuda_graphs: replay the training step as CUDA graphs, see `cuda_graphs`.
@@ -92,12 +92,13 @@ class TrainConfig:
     The defaults train the digits. Checks itself: a value out of range raises `ValueError` with the range.
 
     Attributes:
-        T: time steps of every training and validation pass; with `tit`, whatever is given, those of its last stage.
-        epochs: passes over the training images; with `tit`, whatever is given, the sum of its stages.
+        T: time steps of every training and validation pass; with `tit` those of its last stage, whatever is given here.
+        epochs: passes over the training images; with `tit` the sum of its stages, whatever is given here.
         tit: stages of time inheritance training, such as "2:300,6:50", see `stages.parse_tit`; "" is one stage of T
             and epochs. Each stage has its own warm-up, cosine and fresh optimizer state, and goes on with the last
             weights of the one before.
-        batch_size: images a step; the odd rest of an epoch is left out (each epoch leaves out other images).
+        batch_size: images per step; an incomplete last batch of an epoch is left out (each epoch leaves out different
+            images).
         lr: peak learning rate, after the warm-up.
         optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
         weight_decay: on the weights of convolutions and linear layers only, not on BN and biases.

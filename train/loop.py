@@ -112,8 +112,8 @@ def train(
     """Train a classifier and keep the run in a folder: checkpoint, training state, metrics and settings.
 
     `classifier` is trained in place and ends with the last epoch's weights, in eval mode and on the training device.
-    The best epoch's are in `out/checkpoint.safetensors`: of several stages the best of the last, with `ema` the
-    averaged ones. Ctrl-C ends the run after the current batch and saves it.
+    The best epoch's are in `out/checkpoint.safetensors`: with several stages, those of the best epoch of the last
+    stage; with `ema`, the averaged ones. Ctrl-C ends the run after the current batch and saves it.
 
     Args:
         classifier: network and input normalisation. When resuming, a fresh one: its weights are overwritten.
@@ -121,28 +121,28 @@ def train(
         val_set: decides which epoch is best; None keeps the last epoch.
         config: how to train; `qat` starts from a classifier that is trained.
         out: run folder, made if it is not there.
-        resume: go on with the run in `out`, which must have the same settings, but for the place of a teacher.
+        resume: continue the run in `out`, which must have the same settings, except for the place of a teacher.
         runs: folder whose `latest` is to point at this run, if any.
         progress: True for a bar, False for silence, None for a bar on a terminal and a line an epoch elsewhere.
         board: write TensorBoard curves to `out/tensorboard` as well.
         workers: processes that read images which stay on disk, by default as many as there are cores; 0 reads in this
             process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
-        how: with CUDA graphs, with less memory, with shards; a run may go on otherwise than it began.
-        init: the checkpoint, run or shards that the weights of `classifier` are from, for the run's files to name, or
+        how: with CUDA graphs, with less memory, with shards; a run may be continued differently from how it began.
+        init: where the weights of `classifier` come from, for the run's files to name: a checkpoint, run or shards, or
             what `runs.weights_origin` says of them; they are not loaded here.
-        restart_from: go on in `out`, which holds no run, from such weights, or from a checkpoint; the settings must be
-            those of its run, but for device, precision and the place of a teacher.
+        restart_from: continue, in `out`, which holds no run, from shards or from a checkpoint; the settings must be
+            those of their run, except for device, precision and the place of a teacher.
         before_writing: called once everything is checked and on the device, before the first file is written.
 
     Returns:
         Where the run ended.
 
     Raises:
-        ValueError: data or settings do not fit the classifier, `out` holds a run or one with other settings, another
-            process trains there, the device is not there, its memory does not suffice, an image cannot be read, the
-            loss is not finite, or a batch changes the shapes of the state dict; there is nothing to restart from, it is
-            damaged, or a tensor is larger than a shard; the step has no graph; the checkpoint of a run that is finished
-            is damaged.
+        ValueError: data or settings do not fit the classifier, `out` holds a run or, with `resume`, one with other
+            settings, another process trains there, the device is not there, its memory does not suffice, an image
+            cannot be read, the loss is not finite, or a batch changes the shapes of the state dict; there is nothing to
+            restart from, it is damaged, or a tensor is larger than a shard; the training step has no CUDA graph; the
+            checkpoint of a finished run is damaged.
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """

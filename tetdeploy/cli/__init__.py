@@ -29,9 +29,9 @@ __all__ = ["main"]
 @click.group(
     cls=CleanGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0, 1 an error, 2 wrong usage, 3 a failed gate of validate, 130 Ctrl-C (of serve 0). A file is "
-    "written whole or not at all. Tables are as wide as the terminal, or as the variable COLUMNS says; the rest goes "
-    "on below.",
+    epilog="Exit codes: 0, 1 an error, 2 wrong usage, 3 a failed gate of validate, 130 Ctrl-C (0 for serve). A file is "
+    "written whole or not at all. Tables are as wide as the terminal, or as the variable COLUMNS says; what does not "
+    "fit continues below.",
 )
 @click.version_option(__version__, prog_name="tetdeploy")
 def main() -> None:

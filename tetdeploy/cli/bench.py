@@ -60,7 +60,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option(
     "--data",
     help="A data set's name or FILE.npz. [default: the reference images beside the model, or else noise, which takes "
-    "as long, but in float32 on a CPU without AMX: there more spikes take longer]",
+    "as long, except in float32 on a CPU without AMX, where more spikes take longer]",
 )
 @click.option("--cuda-graphs", is_flag=True, help="With --device cuda: record each call's kernels, launch them as one.")
 @data_dir_option

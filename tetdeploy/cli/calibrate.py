@@ -46,9 +46,9 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option(
     "--split",
     type=PARTS,
-    help="Of the training's data: validation, the images held out, or train, those trained on, whose answers are surer "
-    "than those of new images. Of another set: train or test, the whole of it; not of another FILE.npz. "
-    "[default: validation; of another set train]",
+    help="For the training's data: validation, the images held out, or train, those trained on (the answers to these "
+    "are surer than those to new images). For another set: train or test, the whole of it; not for another FILE.npz. "
+    "[default: validation; for another set, train]",
 )
 @limit_option
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: 8; with frames that of the training]")
@@ -64,15 +64,15 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     type=click.Choice(("confidence", "margin", "both")),
     default="both",
     show_default=True,
-    help="What must exceed the threshold: the largest entry of the softmax of the mean logits, or how far it is ahead "
-    "of the second; both: the one that takes fewer steps.",
+    help="What must exceed the threshold. confidence: the largest entry of the softmax of the mean logits; margin: how "
+    "far it is ahead of the second; both: the one that takes fewer steps.",
 )
 @click.option(
     "--confident/--point-estimate",
     default=True,
-    help="A test must show that less than --loss is lost, at the threshold and all above, so that it nearly always "
-    "holds on other images too, which takes thousands of images; or the loss found on these images alone must stay "
-    "within it, which other images exceed half of the time. [default: confident]",
+    help="confident: a test must show that less than --loss is lost, at the threshold and all above it, so that this "
+    "nearly always holds on other images too; it takes thousands of images. point-estimate: the loss found on these "
+    "images alone must stay within --loss, which other images exceed half of the time. [default: confident]",
 )
 @click.option("--min-T", "min_T", type=AT_LEAST_1, default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1)

@@ -95,9 +95,10 @@ def evaluate(
 ) -> None:
     """Accuracy of trained weights at each T, in PyTorch.
 
-    RUN is a run folder, one of several seeds, a .safetensors or a folder of shards; the newest run by default. For
-    what has no export, ANN twins and smooth spikes, and before an export; what is deployed is measured by tetdeploy
-    sweep, with its energy. Of a run of train --qat this is the network in float32, not the one in 8 bits.
+    RUN is a run folder, a folder of several seeds, a .safetensors or a folder of shards; the newest run by default. Use
+    this command before an export, and for what has no export: ANN twins and smooth spikes. What is deployed is measured
+    by tetdeploy sweep, with its energy. For a run of train --qat, this is the network in float32, not the one in 8
+    bits.
     """
     check_distinct({"--json": json_path, "--predictions": predictions})
     torch = import_extra("torch", "train")

@@ -103,7 +103,7 @@ Examples:
     default="cpu",
     show_default=True,
     type=click.Choice(("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino")),
-    help="What will run the graph; docs/precision.md says what goes with what.",
+    help="What will run the graph; docs/precision.md says which precision goes with which target.",
 )
 @click.option(
     "--calibrate",
@@ -111,7 +111,8 @@ Examples:
     default=512,
     show_default=True,
     type=click.IntRange(min=32),
-    help="Training images that int8 takes the scales of the input currents from; a run of train --qat has its own.",
+    help="Training images from which int8 takes the scales of the input currents; a run of train --qat has its own "
+    "scales.",
 )
 @own_network_option
 @click.option("--data", help="Images for the check and the reference. [default: the training images of the run]")
@@ -131,9 +132,9 @@ Examples:
     help="The file (.onnx, .nir), or Triton's folder. [default: in RUN: model-T6.onnx, model-step-int8.onnx and so on, "
     "by layout, precision and target; model.nir; triton; kserve.yaml]",
 )
-@click.option("--name", help="Of the served model (triton-repository, kserve). [default: the run folder's]")
+@click.option("--name", help="Name of the served model (triton-repository, kserve). [default: the run folder's]")
 @click.option("--storage-uri", help="Where the cluster finds the model (kserve): s3://..., pvc://..., ...")
-@click.option("--image", help="What examples/serving/Dockerfile builds (kserve). [default: tetdeploy:latest]")
+@click.option("--image", help="The image that examples/serving/Dockerfile builds (kserve). [default: tetdeploy:latest]")
 @runs_option
 @json_option
 @click.pass_context
@@ -156,12 +157,12 @@ def export(
     image: str | None,
     **options: Any,
 ) -> Path | None:
-    """Write a trained network as ONNX, checked against PyTorch, as NIR, or for servers of many machines.
+    """Write a trained network as ONNX (checked against PyTorch), as NIR, or for servers on many machines.
 
-    RUN is a run folder, a checkpoint, or shards (RUN/shards: the last weights, not the best epoch's); the newest run by
-    default. Beside an ONNX model lie up to 256 reference images, of the training set or of --data, with PyTorch's
-    answers: MODEL.reference.npz. A NIR file is not run here: docs/nir.md says how others read it. For Triton and KServe
-    RUN may also be an exported model, or for Triton a TensorRT engine: docs/cluster.md.
+    RUN is a run folder, a checkpoint, or shards (RUN/shards: the last weights, not the best epoch's); by default the
+    newest run. An ONNX model comes with MODEL.reference.npz: up to 256 reference images, of the training set or of
+    --data, with PyTorch's answers. A NIR file is not run here; docs/nir.md says how other tools read it. For Triton and
+    KServe, RUN may also be an exported model or, for Triton, a TensorRT engine; see docs/cluster.md.
     """
     _refuse_cluster_options(ctx, file_format)
     if file_format == "nir":

@@ -64,11 +64,11 @@ Examples:
     default="train",
     show_default=True,
     type=PARTS,
-    help="Images to measure on; train and validation are the run's own parts, of several runs those that all trained "
-    "on, or all held out.",
+    help="Images to measure on; train and validation are the run's own parts; for several runs, the images that all "
+    "trained on, or all held out.",
 )
-@click.option("--limit", default=1000, show_default=True, type=AT_LEAST_1, help="At most so many of them.")
-@click.option("--radius", type=float, help="Of the sharpness measure, up to the extent. [default: half of it]")
+@click.option("--limit", default=1000, show_default=True, type=AT_LEAST_1, help="Use at most this many images.")
+@click.option("--radius", type=float, help="Radius of the sharpness measure, up to the extent. [default: half of it]")
 @click.option("--data", help="Another data set. [default: the training's]")
 @data_dir_option
 @own_network_option

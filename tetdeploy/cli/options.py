@@ -182,7 +182,7 @@ test_data_option = click.option(
     "--data",
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
 )
-limit_option = click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+limit_option = click.option("--limit", type=AT_LEAST_1, help="Use only this many images, the first ones.")
 own_network_option = click.option("--model", help="package.module:function, if the network is your own.")
 torch_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 torch_batch_option = click.option("--batch-size", type=AT_LEAST_1, help="[default: 64 on a CPU, 512 on a GPU]")

@@ -71,7 +71,7 @@ config_option = click.option(
     type=click.Path(path_type=Path),
     is_eager=True,  # before the options whose defaults it holds
     callback=_use_recipe,
-    help="A recipe: a TOML file of these options (examples/recipes); what is typed overrides it.",
+    help="A recipe: a TOML file of these options (examples/recipes); options on the command line override it.",
 )
 
 

@@ -48,7 +48,8 @@ Examples:
     default=0.0,
     show_default=True,
     type=FiniteRange(min=0),
-    help="How long a request waits for others while no call runs; those that come during one share the next.",
+    help="How long a request waits for others while no call is running; requests that arrive during a call share the "
+    "next.",
 )
 @click.option("--queue", default=256, show_default=True, type=AT_LEAST_1, help="Requests that may wait for a model.")
 @click.option(
@@ -65,13 +66,13 @@ Examples:
     default=8.0,
     show_default=True,
     type=Megabytes(min=0, min_open=True, max=2000),
-    help="Largest size of its JSON; images may be raw bytes, which take less memory.",
+    help="Largest size of a request's JSON; images may be raw bytes, which take less memory.",
 )
 @click.option(
     "--max-total-mb",
     "max_total",
     type=Megabytes(min=0, min_open=True),
-    help="Largest size of all requests together that are being read or answered. [default: 4 times --max-request-mb]",
+    help="Largest total size of the requests being read or answered. [default: 4 times --max-request-mb]",
 )
 @click.option("--max-T", "max_T", default=64, show_default=True, type=AT_LEAST_1, help="Steps of a request.")
 @click.option(
@@ -79,14 +80,14 @@ Examples:
     default=60.0,
     show_default=True,
     type=ABOVE_0,
-    help="Seconds after its last answer in which a sequence ends.",
+    help="A sequence ends this many seconds after its last answer.",
 )
 @click.option(
     "--max-sequences",
     default=4096,
     show_default=True,
     type=AT_LEAST_1,
-    help="Sequences of a model that are open at once.",
+    help="Most sequences of a model that may be open at once.",
 )
 @click.option(
     "--max-state-mb",
@@ -94,7 +95,7 @@ Examples:
     type=Megabytes(min=0, min_open=True),
     default=500.0,
     show_default=True,
-    help="Size of their LIF state; where that allows fewer, fewer may be open.",
+    help="Largest size of the LIF state of a model's open sequences; if it allows fewer, fewer may be open.",
 )
 @device_option
 @runtime_option
@@ -120,10 +121,10 @@ def serve(
 ) -> None:
     """Serve exported models over HTTP and gRPC: the Open Inference Protocol v2.
 
-    MODEL is an .onnx file, or an .engine of tetdeploy build. It is called by its file's name without the ending, or by
-    NAME. Requests that come together share a call of the engine. There is no authentication: beyond this machine, put
-    it behind something that has. Ctrl-C, SIGTERM or SIGHUP finishes the requests taken; the exit code is 1 if some
-    could not be answered in time. Needs no torch.
+    MODEL is an .onnx file, or an .engine of tetdeploy build. It is served under its file name without the extension, or
+    under NAME. Requests that arrive together share a call of the engine. There is no authentication: beyond this
+    machine, put it behind something that has it. On Ctrl-C, SIGTERM or SIGHUP the requests already taken are finished;
+    the exit code is 1 if some could not be answered in time. Needs no torch.
     """
     from tetdeploy.engine import open_engine
     from tetdeploy.system.machine import default_threads

@@ -45,7 +45,7 @@ Examples:
   tetdeploy sweep --energy once --ac-pj 0.03 --mac-pj 0.23
 """,
 )
-@steps_option("1 to the T of the graph; 1:8 where it is free")
+@steps_option("1 to the graph's T; 1:8 where T is free")
 @test_data_option
 @data_dir_option
 @limit_option
@@ -57,8 +57,9 @@ Examples:
     type=click.Choice(("paper", "exact", "once")),
     default=("paper", "exact"),
     show_default="paper, exact",
-    help="The table's energies: first layer multiplies, others add (paper); any layer multiplies whose input is not "
-    "binary (exact); as paper, but a constant image's first layer once (once). May be repeated; the JSON has all.",
+    help="Energies in the table. paper: the first layer multiplies, all others add; exact: every layer whose input is "
+    "not binary multiplies; once: as paper, but for a constant image the first layer multiplies once. May be repeated; "
+    "the JSON has all.",
 )
 @click.option("--layers", "show_layers", is_flag=True, help="Also a table of the layers, at the T of the training.")
 @click.option("--other-ops", is_flag=True, help="Also what no energy includes: biases, residual sums, the neurons.")

@@ -78,7 +78,7 @@ Examples:
   tetdeploy train --data saccades:digits --T 5            event frames, made of images
   tetdeploy train --resume                                go on with the newest run
   tetdeploy train --init runs/digits --T 6 --epochs 5     start from given weights
-  tetdeploy train --restart-from carried/shards           go on with a run of which its weights alone are here
+  tetdeploy train --restart-from carried/shards           continue a run of which only the weights are here
   tetdeploy train --qat --init runs/digits                fine-tune in 8 bits, for export --precision int8
   tetdeploy train --ann --out runs/ann                    the ANN twin, and learning from it:
   tetdeploy train --distill runs/ann
@@ -112,7 +112,7 @@ Examples:
     default=0.0,
     show_default=True,
     metavar="K",
-    help="Sigmoid(K x) for the Heaviside function (Table 2); 0 is off.",
+    help="Use sigmoid(K x) in place of the Heaviside function (Table 2); 0 is off.",
 )
 @click.option("--T", "T", type=STEPS, default=4, show_default=True, help="Time steps; 1 with --ann.")
 @click.option("--epochs", default=30, show_default=True, help="Passes over the training images.")
@@ -125,7 +125,7 @@ Examples:
 @click.option(
     "--weight-decay", default=1e-2, show_default=True, help="On the weights of convolutions and linear layers."
 )
-@click.option("--warmup-epochs", default=0.5, show_default=True, help="Of each stage; a fraction is fine.")
+@click.option("--warmup-epochs", default=0.5, show_default=True, help="Warm-up of each stage; may be a fraction.")
 @click.option("--label-smoothing", default=0.0, show_default=True, help="Share of the target spread over all classes.")
 @click.option("--clip", default=0.0, show_default=True, help="Largest norm of the gradient; 0 is off.")
 @click.option("--loss", default="tet", show_default=True, help="tet (Eq. 13) or sdt (Eq. 7).")
@@ -134,7 +134,7 @@ Examples:
     default=0,
     show_default=True,
     metavar="EPOCHS",
-    help="With --loss sdt: go on with tet after so many epochs (Figure 3); 0 is never.",
+    help="With --loss sdt: switch to tet after this many epochs (Figure 3); 0 is never.",
 )
 @click.option("--lam", default=0.05, show_default=True, help="Weight of the MSE term (Eq. 13); 0 with --ann.")
 @click.option("--phi", type=float, help="Target of the MSE term (Eq. 12). [default: that of --v-th]")
@@ -156,7 +156,7 @@ Examples:
     "random_T",
     default="",
     metavar="LOW:HIGH[:DRAWS]",
-    help="Draw T anew at each training step, DRAWS times (3).",
+    help="Draw T anew at each training step, DRAWS times (by default 3).",
 )
 @click.option("--distill", default="", metavar="RUN", help="Learn from this ANN twin at every time step.")
 @click.option("--distill-alpha", default=1.0, show_default=True, help="Weight of the distillation.")
@@ -186,14 +186,14 @@ Examples:
     type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
-    help="Also write the last weights to RUN/shards, in files of at most so many MB, for --restart-from "
-    "(which takes none of --qat); 0 is off.",
+    help="Also write the last weights to RUN/shards, in files of at most this many MB, for --restart-from "
+    "(which takes no weights of --qat); 0 is off.",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
 @click.option(
     "--out",
     type=PlaceToWrite(path_type=Path),
-    help="Run folder. [default: RUNS/<data>-<model>, with --config RUNS/<its name>; numbered]",
+    help="Run folder. [default: RUNS/<data>-<model>, or RUNS/<the recipe's name> with --config; numbered]",
 )
 @runs_option
 @click.option(
@@ -202,17 +202,18 @@ Examples:
     is_flag=False,
     flag_value=_NEWEST,
     metavar="[RUN]",
-    help="Go on with a run, the newest by default, with its settings.",
+    help="Continue a run (by default the newest) with its settings.",
 )
 @click.option(
     "--init",
     type=click.Path(path_type=Path),
-    help="Start from the weights and network of this checkpoint or run; for other classes the readout starts anew.",
+    help="Start from the weights and network of this checkpoint or run; for another number of classes the readout "
+    "starts anew.",
 )
 @click.option(
     "--restart-from",
     type=click.Path(path_type=Path),
-    help="Go on elsewhere from weights alone: shards, or a checkpoint; with the settings of their run.",
+    help="Continue a run elsewhere from its weights alone (shards, or a checkpoint), with that run's settings.",
 )
 @json_option
 @click.pass_context

@@ -47,7 +47,7 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl-C.
 """,
 )
-@steps_option("those of the reference, or with data as sweep")
+@steps_option("those of the reference; with data, as for sweep")
 @click.option(
     "--data",
     help="A data set's name or FILE.npz with images and labels, for the accuracy. [default: only the reference images "
@@ -71,12 +71,12 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
     multiple=True,
     callback=parse_gates,
     metavar="KEY=VALUE[@T]",
-    help="Exit with 3 if accuracy or agreement (fractions) is less, or energy (pJ an image, as in the table) is more, "
-    "at T [default: the training's]. May be repeated.",
+    help="Exit with 3 if accuracy or agreement (fractions) is below VALUE, or energy (pJ an image, as in the table) "
+    "above it, at T [default: the training's]. May be repeated.",
 )
 @click.option("--layers/--no-layers", default=None, help="Also a table of the layers. [default: with --against]")
 @click.option("--batch-size", default=32, show_default=True, type=AT_LEAST_1)
-@click.option("--restart", is_flag=True, help="Begin anew where an earlier run was interrupted.")
+@click.option("--restart", is_flag=True, help="Begin anew instead of continuing an interrupted run.")
 @opens_model()
 @result_option(".validate.json")
 @click.pass_context
@@ -96,11 +96,11 @@ def validate(
     restart: bool,
     json_path: Path | None,
 ) -> None:
-    """Does an exported model compute what PyTorch computes, here?
+    """Does an exported model compute, on this machine, what PyTorch computes?
 
-    MODEL is an .onnx file; the newest export by default. Without more, the images that the export kept (up to 256)
-    are run and compared with PyTorch's answers; with --data the accuracy at each T as well. Neither needs torch.
-    --against runs PyTorch side by side. Ctrl-C keeps what is done; the same command goes on. Writes
+    MODEL is an .onnx file; the newest export by default. Without further options, the images that the export kept (up
+    to 256) are run and compared with PyTorch's answers; --data also measures the accuracy at each T. Neither needs
+    torch. --against runs PyTorch side by side. Ctrl-C keeps what is done; the same command goes on from there. Writes
     MODEL.validate.json.
     """
     if against is None and (num_torch is not None or network is not None):

@@ -97,8 +97,8 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
     Args:
         model: path of the `.onnx` file, which must be the very one; or of an `.engine` that `tetdeploy build` made of
             it, beside which its rule lies.
-        T: the steps that are to be run at most, if they are known. Against more than those that it was found for, the
-            rule may lose more accuracy than it was allowed.
+        T: the most steps that are to be run, if known. Compared with more steps than it was found for, the rule may
+            lose more accuracy than it was allowed.
 
     Raises:
         FileNotFoundError: the model is not there, or there is no rule beside it.
