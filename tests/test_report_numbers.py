@@ -306,8 +306,9 @@ def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, li
     other = write(tmp_path / "other.sweep.json", result(kind="sweep"))
     results = read_results([one, other])
     assert results.notes == ("one: its means are of 2 of 3 seeds; seed-2 has no result (export, then sweep).",)
-    cards, note, *_ = blocks(results, "At a glance")
+    cards, note, of_steps = blocks(results, "At a glance")
     assert isinstance(cards, Cards) and isinstance(note, Note) and note.text in results.notes
+    assert of_steps == Note("The numbers of each are at the T that stands beside its accuracy.")
     assert [card.title for card in cards.cards] == ["one", "other"]
     facts = dict(cards.cards[0].facts)
     assert facts["accuracy at T=2, as trained"] == "90.50% ± 0.71%" and facts["mean of"] == "2 of 3 seeds"

@@ -69,7 +69,7 @@ class Bench:
     ) -> None:
         bounds = (("batch", batches, MAX_SIZE), ("threads", threads, MOST_THREADS), ("T", steps, MAX_SIZE))
         for name, numbers, most in bounds:
-            if not numbers and numbers is not steps:
+            if not numbers and name != "T":
                 raise ValueError(f"{name}: there is nothing to time; give one number or more")
             if any(check_whole(name, number) < 1 for number in numbers):
                 raise ValueError(f"{name} must be at least 1, got {min(numbers)}")

@@ -182,13 +182,12 @@ class _Job:
         from tetdeploy.sweep import check_images
 
         engine, steps = self.engine, self.wanted or default_steps(self.engine)
-        there = reference_path(engine.path).exists()
-        reference = load_reference(engine) if there or self._needs_agreement else None
-        compared_steps = [t for t in steps if reference is not None and t <= reference.T]
-        gates = self._placed(steps, compared=compared_steps)
-        if not compared_steps:
-            name_of = reference_path(engine.path).name
-            why = f"no {name_of}" if reference is None else f"{name_of} holds T={reference.T}, no T={min(steps)}"
+        file = reference_path(engine.path)
+        reference = load_reference(engine) if file.exists() or self._needs_agreement else None
+        held = [t for t in steps if reference is not None and t <= reference.T]
+        gates = self._placed(steps, compared=held)
+        if not held:
+            why = f"no {file.name}" if reference is None else f"{file.name} holds T={reference.T}, no T={min(steps)}"
             console.print(f"{why}, so nothing is compared with PyTorch", style="dim")
             reference = None
         check_images(engine, x, labels, max(steps))

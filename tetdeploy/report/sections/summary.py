@@ -15,7 +15,7 @@ def at_a_glance(results: Results) -> Section:
         for card in ([_measured(m) for m in source.series] or [_trained(source, results)])
     ]
     notes = [Note(note) for note in results.notes]
-    if len({m.T for source in results.sources for m in source.series}) > 1:
+    if len({m.T for source in results.sources for m in source.series if m.headline.get("accuracy") is not None}) > 1:
         notes.append(Note("The numbers of each are at the T that stands beside its accuracy."))
     return Section("At a glance", (Cards(tuple(cards)), *notes))
 
