@@ -301,14 +301,20 @@ def test_seeds_stand_in_their_order_and_one_that_finished_has_no_deviation(tmp_p
     assert table.rows[0] == ("2", "2", "80.00%") and table.marked == {2}
 
 
+def test_numbers_at_different_T_are_said_to_be(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{T}.sweep.json", result(kind="sweep") | {"trained_T": T}) for T in (2, 3)]
+    note = Note("The numbers of each are at the T that stands beside its accuracy.")
+    assert note in blocks(read_results(files), "At a glance")
+    assert note not in blocks(read_results(files[:1]), "At a glance")
+
+
 def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
     one = seeds_folder(tmp_path / "one", sweep(1.0), sweep(2.0), None)
     other = write(tmp_path / "other.sweep.json", result(kind="sweep"))
     results = read_results([one, other])
     assert results.notes == ("one: its means are of 2 of 3 seeds; seed-2 has no result (export, then sweep).",)
-    cards, note, of_steps = blocks(results, "At a glance")
+    cards, note = blocks(results, "At a glance")
     assert isinstance(cards, Cards) and isinstance(note, Note) and note.text in results.notes
-    assert of_steps == Note("The numbers of each are at the T that stands beside its accuracy.")
     assert [card.title for card in cards.cards] == ["one", "other"]
     facts = dict(cards.cards[0].facts)
     assert facts["accuracy at T=2, as trained"] == "90.50% ± 0.71%" and facts["mean of"] == "2 of 3 seeds"
