@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--T", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/own-loop"))
     options = parser.parse_args()
+    if options.epochs < 1 or options.T < 1:
+        parser.error("--epochs and --T must be at least 1")
 
     torch.manual_seed(0)
     train, test = (load_data("digits", part, data_dir=Path("data")) for part in ("train", "test"))

@@ -764,6 +764,21 @@ def test_tensorboard_gets_every_number_of_every_epoch(tmp_path: Path) -> None:
     assert curve == [(r["epoch"], pytest.approx(r["val_tet_loss"])) for r in records]
 
 
+def test_a_resumed_run_goes_on_with_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cut = interrupted_at(STEPS + 2, classifier_of())
+    assert train(cut, TRAIN, VAL, settings(), tmp_path, progress=False, board=True).interrupted
+    shutil.copytree(tmp_path, copy := tmp_path.with_name("without"))
+    train(classifier_of(), TRAIN, VAL, settings(), tmp_path, progress=False, resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("lr")] == [record["epoch"] for record in metrics(tmp_path)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="tensorboard: the curves end here, as the package tensorboard is not inst"):
+        train(classifier_of(), TRAIN, VAL, settings(), copy, progress=False, resume=True)
+
+
 def test_a_missing_tensorboard_is_named_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

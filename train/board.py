@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,17 @@ def check_board(out: Path) -> None:
             "--tensorboard"
         )
     import_extra("tensorboard", "tensorboard")
+
+
+def goes_on(out: Path) -> bool:
+    """Whether an earlier part of the run in `out` wrote curves, so that they go on; where the package is missing they
+    do not, and a warning says so."""
+    if not (out / FOLDER).is_dir():
+        return False
+    if (there := importlib.util.find_spec("tensorboard") is not None) is False:
+        text = f"{out / FOLDER}: the curves end here, as the package tensorboard is not installed"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return there
 
 
 @contextmanager

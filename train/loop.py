@@ -33,7 +33,7 @@ from tetdeploy.system.signals import deferred_interrupt
 from tetdeploy.wording import shorten
 
 from .averaging import kept_classifier, lagging_bn, update_average
-from .board import check_board, tensorboard
+from .board import check_board, goes_on, tensorboard
 from .config import How, TrainConfig
 from .device import autocast, tuned_convolutions
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
@@ -124,7 +124,7 @@ def train(
         resume: continue the run in `out`, which must have the same settings, except for the place of a teacher.
         runs: folder whose `latest` is to point at this run, if any.
         progress: True for a bar, False for silence, None for a bar on a terminal and a line an epoch elsewhere.
-        board: write TensorBoard curves to `out/tensorboard` as well.
+        board: write TensorBoard curves to `out/tensorboard` as well; a run that has some goes on with them.
         workers: processes that read images which stay on disk, by default as many as there are cores; 0 reads in this
             process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
         how: with CUDA graphs, with less memory, with shards; a run may be continued differently from how it began.
@@ -331,7 +331,8 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
     lines = [metrics_line(record) for record in read_metrics(session.out, epochs=state.epoch)]
     done = state.epoch * steps + state.step
     writes = session.ranks.writes
-    curves = tensorboard(session.out, epochs_done=state.epoch) if board and writes else nullcontext(lambda record: None)
+    board = writes and (board or goes_on(session.out))
+    curves = tensorboard(session.out, epochs_done=state.epoch) if board else nullcontext(lambda record: None)
     bar = Progress(config, steps_per_epoch=steps, steps_done=done, show=show if writes else False)
     cuda = [session.device] if session.device.type == "cuda" else []
     with (

@@ -241,7 +241,8 @@ def read_run_config(out: Path) -> dict[str, Any]:
     if not out.exists():
         raise FileNotFoundError(f"{out} does not exist; name a run folder, or train without --resume")
     if not file.is_file():
-        raise FileNotFoundError(f"{out} is not a run folder: it has no {CONFIG_NAME}")
+        remedy = "; start from its weights with --init" if (out / CHECKPOINT_NAME).is_file() else ""
+        raise FileNotFoundError(f"{out} is not a run folder: it has no {CONFIG_NAME}{remedy}")
     try:
         settings = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -59,4 +59,6 @@ def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options:
             "(docs/training.md), so the checkpoint names no data",
             style="yellow",
         )
-    say_next("export", out, "--T", 6, "--fold-bn", *(() if report.names_data else ("--data", "FRAMES.npz")))
+    say_next(
+        "export", out, "--T", options["T"] or 6, "--fold-bn", *(() if report.names_data else ("--data", "FRAMES.npz"))
+    )

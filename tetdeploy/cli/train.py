@@ -189,7 +189,7 @@ Examples:
     help="Also write the last weights to RUN/shards, in files of at most this many MB, for --restart-from "
     "(which takes no weights of --qat); 0 is off.",
 )
-@click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
+@click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard, now and when it is resumed.")
 @click.option(
     "--out",
     type=PlaceToWrite(path_type=Path),

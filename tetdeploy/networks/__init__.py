@@ -28,6 +28,7 @@ from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
 from tetdeploy.networks.twins import ann_twin, smooth_twin
 from tetdeploy.networks.vggsnn import VGGSNN
 from tetdeploy.storage.files import sha256_of
+from tetdeploy.wording import shorten
 
 __all__ = [
     "NETWORKS",
@@ -163,12 +164,17 @@ def import_network(config: NetworkConfig) -> nn.Module:
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does; a console script has its own folder instead
         sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"cannot import {function_name!r} from {module_name!r}: {error}; the module must be importable from here "
             "(set PYTHONPATH, or run where it lies)"
         ) from error
+    if not hasattr(module, function_name):
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
+        there = f"it has {shorten(own)}" if own else "it has nothing of its own"
+        raise ValueError(f"{module_name!r} has no {function_name!r} ({getattr(module, '__file__', None)}); {there}")
+    function = getattr(module, function_name)
     options = {"num_classes": config.num_classes, "in_channels": config.in_channels, "image_size": config.image_size}
     try:
         inspect.signature(function).bind(**options)
