@@ -114,7 +114,7 @@ def test_connections_stay_open_for_as_long_as_is_said() -> None:
 
     assert server._http_server(app).config.timeout_keep_alive == KEEP_ALIVE_SECONDS
     document = " ".join((Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").split())
-    assert f"An HTTP connection that is idle is closed {KEEP_ALIVE_SECONDS} seconds after" in document
+    assert f"An idle HTTP connection is closed {KEEP_ALIVE_SECONDS} seconds after" in document
 
 
 @pytest.mark.parametrize(
