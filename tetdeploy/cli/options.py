@@ -153,6 +153,7 @@ def result_option(ending: str) -> Callable[[F], F]:
         "--json",
         "json_path",
         type=click.Path(path_type=Path, dir_okay=False),
+        callback=checked_output,
         help=f"Where the result goes. [default: MODEL{ending}]",
     )
 

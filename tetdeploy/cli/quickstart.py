@@ -9,7 +9,7 @@ import click
 from tetdeploy import native
 from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.export import export
-from tetdeploy.cli.options import checked_output, runs_option
+from tetdeploy.cli.options import result_option, runs_option
 from tetdeploy.cli.sweep import sweep
 from tetdeploy.cli.terminal import console
 from tetdeploy.cli.train import train
@@ -25,13 +25,7 @@ Examples:
 )
 @click.option("--seed", default=0, show_default=True)
 @runs_option
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    callback=checked_output,
-    help="Where the result goes. [default: beside the model]",
-)
+@result_option(".sweep.json")
 @click.pass_context
 def quickstart(ctx: click.Context, seed: int, runs: Path, json_path: Path | None) -> None:
     """The whole path on small real images: train, fold, export, check, run at T = 1..8.
