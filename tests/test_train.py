@@ -928,6 +928,9 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     more = ImageSet(**(vars(TRAIN) | {"labels": TRAIN.labels + 1, "class_names": ("a", "b", "c", "d")}))
     with pytest.raises(ValueError, match="toy has labels from 1 to 3; the network has 3 classes"):
         train(toy(), more, VAL, settings(), tmp_path)
+    alone = ImageSet(**(vars(TRAIN) | {"labels": np.zeros_like(TRAIN.labels), "class_names": ("dark",)}))
+    with pytest.raises(ValueError, match=r"toy has one class, dark, and nothing to tell it from \(folder:PATH takes"):
+        train(wrap(Toy(), ("dark",)), alone, None, settings(), tmp_path)
     for sets, message in (
         ((TRAIN.images, VAL), "train_set .*, got ndarray; load_data"),
         ((TRAIN, [1]), "val_set .* list"),

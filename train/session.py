@@ -156,10 +156,16 @@ def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfi
     """Refuse settings that do not go with the network or with the data that are trained on.
 
     Raises:
-        ValueError: an ANN with another T than 1, `qat` of a network without spikes, AutoAugment of other than gray and
-            colour images, a cutout of the whole image, an augmentation of images in memory for those on disk, or the
-            other way round, or recordings that what comes after the training would cut into other frames.
+        ValueError: data of one class, an ANN with another T than 1, `qat` of a network without spikes, AutoAugment of
+            other than gray and colour images, a cutout of the whole image, an augmentation of images in memory for
+            those on disk, or the other way round, or recordings that what comes after the training would cut into other
+            frames.
     """
+    if len(data.class_names) == 1:
+        raise ValueError(
+            f"{data.name} has one class, {data.class_names[0]}, and nothing to tell it from (folder:PATH takes "
+            "PATH/train/<class>/ and PATH/test/<class>/ of each class)"
+        )
     on_disk = isinstance(data, ImageFiles)
     if on_disk and (config.augment not in ("none", RESIZED_CROP) or config.cutout):
         asked = f"augment {config.augment} and cutout {config.cutout}"

@@ -246,6 +246,6 @@ async def _start_grpc(server: grpc.aio.Server, address: Address, host: str) -> i
     try:
         port: int = server.add_insecure_port(replace(address, host=host).at(address.grpc_port))
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {where}; choose another --grpc-port or --host") from error
+        raise OSError(f"cannot listen on {where}, which may be in use; choose another --grpc-port or --host") from error
     await server.start()
     return port
