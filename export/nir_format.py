@@ -265,8 +265,6 @@ class _Writer:
     def _conv(self, node: fx.Node) -> Sources:
         weight, bias = self._parameters(node)
         stride, padding, dilation, groups = _options(node.args[3:], (1, 1), (0, 0), (1, 1), 1)
-        if groups != 1:
-            raise _no_node(node, f"a convolution in {groups} groups: nir takes its inputs for those of one group")
         if weight.shape[2] != weight.shape[3]:
             raise _no_node(
                 node, f"a kernel of {weight.shape[2]}x{weight.shape[3]}: nir takes every kernel for a square"
@@ -274,7 +272,7 @@ class _Writer:
         bias = np.zeros(len(weight), weight.dtype) if bias is None else bias
         size = _shape(node.args[0])[1:]
         pads = padding if isinstance(padding, str) else _pair(padding)
-        made = self.nir.Conv2d(size, weight, _pair(stride), pads, _pair(dilation), 1, bias)
+        made = self.nir.Conv2d(size, _of_one_group(weight, groups), _pair(stride), pads, _pair(dilation), 1, bias)
         return self._layer(node, made)
 
     def _linear(self, node: fx.Node) -> Sources:
@@ -405,6 +403,16 @@ def _shape(node: Any) -> tuple[int, ...]:
 def _options(given: Sequence[Any], *defaults: Any) -> tuple[Any, ...]:
     """A traced operation's arguments; those that stand at their defaults are left out at its end."""
     return (*given, *defaults[len(given) :])
+
+
+def _of_one_group(weight: NDArray[Any], groups: int) -> NDArray[Any]:
+    """The kernel `[out, in, h, w]` of one in groups, `[out, in / groups, h, w]`: zeros join what no group does. nir's
+    shape check takes a kernel's inputs for all there are."""
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    joined = np.zeros((len(weight), groups * inputs, *weight.shape[2:]), weight.dtype)
+    for g in range(groups):
+        joined[g * outputs : (g + 1) * outputs, g * inputs : (g + 1) * inputs] = weight[g * outputs : (g + 1) * outputs]
+    return joined
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -49,6 +49,7 @@ from tetdeploy.storage.files import sha256_of
 from tetdeploy.storage.run_folder import newest_export
 from tetdeploy.storage.tensor_file import read_content, write_tensors
 from tetdeploy.train import TrainResult, loop
+from tetdeploy.train.config import CHOICES
 from tetdeploy.train.progress import Progress
 from tetdeploy.train.state import Best
 
@@ -185,6 +186,11 @@ class TestCommands:
         said = {option.name: str(getattr(option, "help", "")) for option in main.commands["train"].params}
         assert said["model"].startswith(f"{', '.join(NETWORKS)}, or ")
         assert set(data.DATA_NAMES) <= set(re.findall(r"[\w-]+", said["data"]))
+
+    @pytest.mark.parametrize("option", CHOICES)
+    def test_the_help_of_training_names_all_choices(self, option: str) -> None:
+        (said,) = (str(getattr(param, "help", "")) for param in main.commands["train"].params if param.name == option)
+        assert set(CHOICES[option]) <= set(re.findall(r"[\w-]+", said))
 
     @pytest.mark.parametrize(
         "command",

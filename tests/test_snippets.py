@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from client_helpers import triton_client
+from safetensors.torch import load_file
 from serve_helpers import start, stop
 
 import tetdeploy
@@ -154,11 +155,29 @@ def test_a_surrogate_of_your_own_has_its_gradient_and_exports(monkeypatch: pytes
     (gradient,) = torch.autograd.grad(spikes[0].sum(), current)
     torch.testing.assert_close(gradient[0], 1 / (1 + (torch.pi * (current[0] - 1)).square()))
     (tmp_path / "atan_network.py").write_text(code + NETWORK)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    named = ["--model", "atan_network:network"]
+    train_and_export("atan_network:network", monkeypatch, tmp_path)
+
+
+def test_a_leak_that_is_learned_is_exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = block("docs/training.md", "class ParametricLIF")
+    (tmp_path / "atan.py").write_text(block("docs/training.md", "class ATanLIF"))
+    (tmp_path / "plif_network.py").write_text(code + NETWORK.replace("ATanLIF", "ParametricLIF"))
+    train_and_export("plif_network:network", monkeypatch, tmp_path)
+    (w,) = [value for name, value in load_file("r/checkpoint.safetensors").items() if name.endswith("w")]
+    tau = float(w.sigmoid())
+    assert tau != 0.5
+    assert [neuron["tau"] for neuron in tetdeploy.Engine("r/model-T4.onnx").metadata["neurons"]] == [tau]
+    lif = run(code)["ParametricLIF"]().eval()
+    assert lif.tau == 0.5
+    lif.load_state_dict({"w": w})
+    assert lif.tau == tau and not lif.training
+
+
+def train_and_export(model: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
     for words in (["train", "--epochs", "1", "--out", "r"], ["export", "r", "--check", "64"]):
-        result = CliRunner().invoke(main, [*words, *named])
+        result = CliRunner().invoke(main, [*words, "--model", model])
         assert result.exit_code == 0 and "Warning" not in result.output, result.output
     assert "spike mismatch 0.00 ppm" in result.output
 

@@ -1,4 +1,4 @@
-"""What a name says: a layer that is called again, data that are a file, a network of the user's own, a section."""
+"""What a name says: a layer that is called again, data that are a file, a network of one's own, a loss, a section."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def is_npz(data: str) -> bool:
 def is_own_model(model: str) -> bool:
     """Whether a network's name is `package.module:function`, code of the user's own."""
     return ":" in model
+
+
+def has_regulariser(loss: str) -> bool:
+    """Whether the loss of this name has the MSE term, lambda and phi (Eq. 12): each but SDT's cross-entropy (Eq. 7)."""
+    return loss != "sdt"
 
 
 def section(named: Mapping[str, V], prefix: str) -> dict[str, V]:

@@ -252,7 +252,7 @@ def lif(
         v_th: firing threshold, above 0. A neuron fires when h > v_th, strictly.
         gamma: half-width of the surrogate triangle round v_th, from 1e-18 to 1e18: float32 must hold its square.
 
-    No gradient reaches tau, v_th and gamma: they are numbers, and cannot be learned.
+    No gradient reaches tau, v_th and gamma: they are numbers. (docs/training.md has neurons that learn their tau.)
 
     Returns:
         The spikes, 0 or 1, `[T, ...]` in the dtype of `current`, and the last membrane potential (after the reset),

@@ -40,7 +40,7 @@ _RANGES = {
 }
 _WHOLE = ("T", "epochs", "batch_size", "seed", "switch_to_tet", "cutout")
 _TEXTS = ("tit", "random_T", "distill")
-_CHOICES = {
+CHOICES = {
     "optimizer": OPTIMIZERS,
     "loss": LOSSES,
     "augment": (*AUGMENTATIONS, RESIZED_CROP),
@@ -161,7 +161,7 @@ class TrainConfig:
         check_flags(self)
         for name in _RANGES:
             self._check_number(name)
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -14,7 +14,7 @@ from torch import nn
 from tetdeploy.class_names import check_classes
 from tetdeploy.data import ImageFiles, LabelledSet, is_known
 from tetdeploy.int8.calibration import Calibration
-from tetdeploy.names import is_npz
+from tetdeploy.names import has_regulariser, is_npz
 from tetdeploy.networks import Classifier
 from tetdeploy.storage.provenance import written
 from tetdeploy.traced_network import Runnable
@@ -321,8 +321,8 @@ def _loss(session: Session, name: str) -> str:
     """A loss in words. At an ANN's one time step Eqs. 7 and 9 are the same."""
     lam = session.config.lam
     if session.classifier.config.ann:
-        return "cross-entropy" + (f", MSE lambda {lam:g}" if name == "tet" and lam else "")
-    return f"TET lambda {lam:g}" if name == "tet" else name.upper()
+        return "cross-entropy" + (f", MSE lambda {lam:g}" if has_regulariser(name) and lam else "")
+    return name.upper() + (f" lambda {lam:g}" if has_regulariser(name) else "")
 
 
 def provenance(session: Session, epoch: int, val_accuracy: float | None) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 from rich.table import Table
 
 from tetdeploy.data import Framing
-from tetdeploy.names import is_own_model
+from tetdeploy.names import has_regulariser, is_own_model
 from tetdeploy.report.numbers import count, percent, three_digits
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.tables import versions
+from tetdeploy.wording import counted
 
 _KINDS = {
     "checkpoint": "a checkpoint of tetdeploy: trained weights, with how they were trained",
@@ -150,17 +151,21 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def _training(training: Mapping[str, Any]) -> str:
     steps = (
-        f"TIT {training['tit']}" if training.get("tit") else f"T={training.get('T')}, {training.get('epochs')} epochs"
+        f"TIT {training['tit']}"
+        if training.get("tit")
+        else f"T={training.get('T')}, {counted(training.get('epochs'), 'epoch')}"
     )
-    loss = str(training.get("loss", "")).upper()
-    if first := training.get("switch_to_tet"):
-        loss += f" for {first} epochs, then TET"
-    lam = f" λ={training['lam']:g}" if loss.endswith("TET") and training.get("lam") is not None else ""
+    name, first, lam = str(training.get("loss", "")), training.get("switch_to_tet"), training.get("lam")
+    loss = name.upper()
+    if first:
+        loss += f" for {counted(first, 'epoch')}, then TET"
+    if name and lam is not None and (first or has_regulariser(name)):
+        loss += f" λ={lam:g}"
     rest = ", ".join(
         f"{name} {training[name]}" for name in ("optimizer", "lr", "batch_size", "seed") if name in training
     )
     qat = "fine-tuned in 8 bits (--qat)" if training.get("qat") else ""
-    return ", ".join(part for part in (steps, f"{loss}{lam}", rest.replace("_", " "), qat) if part)
+    return ", ".join(part for part in (steps, loss, rest.replace("_", " "), qat) if part)
 
 
 def _facts(facts: Mapping[str, Any]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tetdeploy.names import is_own_model
+from tetdeploy.names import has_regulariser, is_own_model
 from tetdeploy.report.document import NONE, Section, Table
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, Source
@@ -98,7 +98,7 @@ def _plays_no_part(name: str, run: Run) -> bool:
     if name in ("distill_alpha", "distill_tau"):
         return not run.training.get("distill")
     if name in ("lam", "phi"):
-        return run.training.get("loss") == "sdt" and not run.training.get("switch_to_tet")
+        return not (has_regulariser(run.training.get("loss", "")) or run.training.get("switch_to_tet"))
     return name in _BUILT_IN and is_own_model(str(run.network.get("model", "")))
 
 
