@@ -4,7 +4,8 @@
     tetdeploy export runs/own-loop --model own_training_loop:my_network --T 6
     tetdeploy sweep runs/own-loop/model-T6.onnx
 
-The loop trains a small spiking network on the digits in some 10 s and prints the test accuracy at T = 1 to 6.
+The loop trains a small spiking network on the digits in some 10 s and prints the test accuracy at T = 1 to 6. (Beside
+other work set GOMP_SPINCOUNT=1000: docs/training.md, On a CPU.)
 Everything of tetdeploy in it is imported below: `LIF` maps currents [T, N, ...] to spikes, `total_loss` is Eq. 13 (any
 loss of logits [T, N, K] may take its place); a `Classifier` adds to the network what its data need, and
 `save_checkpoint` writes what the commands read.

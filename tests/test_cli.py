@@ -641,6 +641,12 @@ class TestCommands:
         ]
         assert [row["train_loss"] for row in metrics[0]] == [row["train_loss"] for row in metrics[1]]
 
+    def test_a_finished_run_whose_weights_are_gone_names_no_next_step(self, workplace: Path) -> None:
+        Path(RUN, "checkpoint.safetensors").unlink()
+        with pytest.warns(RuntimeWarning, match="is gone"):
+            said = run("train", "--resume", RUN).output
+        assert re.search(r"best val .* at epoch \d: gone", said) and "->" not in said and "next:" not in said
+
     def test_resume_refuses_a_config_that_lacks_a_setting(self, workplace: Path) -> None:
         settings = json.loads(Path(RUN, "config.json").read_text())
         del settings["network"]["tau"], settings["training"]["clip"]

@@ -331,13 +331,25 @@ def test_the_parts_of_a_run_are_its_split_or_all(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- names, imports
 
 
+@pytest.mark.parametrize(("named", "folder"), [("elsewhere", "elsewhere"), ("", "data"), (None, "data")])
+def test_data_are_looked_for_where_the_environment_says(
+    named: str | None, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TETDEPLOY_DATA", raising=False)
+    if named is not None:
+        monkeypatch.setenv("TETDEPLOY_DATA", named)
+    with pytest.raises(OSError, match=rf"no folder {folder}.imagenet: "):
+        load_data("imagenet", "train")
+
+
 def test_arguments_that_are_none_are_named(tmp_path: Path) -> None:
     name: Any
     for name in (None, 5):
         with pytest.raises(ValueError, match=r"name must be of type str, got \w+; choose digits, .* a path ending in"):
             load_data(name, "test", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="data_dir must be the path of a folder, got None"):
-        load_data("digits", "test", data_dir=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="data_dir must be the path of a folder, got 5"):
+        load_data("digits", "test", data_dir=5)  # type: ignore[arg-type]
     path: Any = tmp_path / "x.npz"
     with pytest.raises(ValueError, match=r"data must be of type LabelledSet, got \w+; pass save_npz\(data, path\)"):
         save_npz(path, image_set())  # type: ignore[arg-type]

@@ -549,8 +549,9 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0, "--point-estimate").output
     done = run("calibrate", model, "--T", 3, "--split", "val")  # another word for validation
     assert done.exit_code == 0 and json.loads(exit_path(model).read_text())["data"] == "digits (held out)"
+    assert "trained on these" not in done.output
     done = run("calibrate", model, "--split", "train", "--limit", 30, "--criterion", "margin", "--min-T", 2)
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0 and "was trained on these images" in " ".join(done.output.split()), done.output
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"], content["T"]) == ("digits (trained on)", 30, 8)
     assert content["num_images_by_steps"][0] == 0 and {e["criterion"] for e in content["frontier"]} == {"margin"}

@@ -54,6 +54,8 @@ def images(count: int, start: int = 0) -> Array:
 ])  # fmt: skip
 def test_T_defaults_to_that_of_the_export(layout: str, options: dict[str, Any], default: int) -> None:
     runner = engine(layout, **options)
+    steps = {"unrolled": default, "dynamic": "any", "step": 1}[layout]
+    assert repr(runner) == f"Engine('{runner.path}', {layout}, T={steps}, fp32, device='cpu')"
     result = runner.run(images(3))
     assert result.per_step.shape == (3, default, 10)
     assert result.logits.shape == (3, 10)

@@ -197,6 +197,10 @@ def test_imports_go_one_way(folder: str, unknown: str) -> None:
     assert not found
 
 
+def test_a_prompt_offers_what_is_imported_late() -> None:
+    assert {"Engine", "load", "__version__"} <= set(dir(tetdeploy))
+
+
 @pytest.mark.parametrize("folder", ["train", "export", "tetdeploy/serve"])
 def test_a_package_names_its_modules(folder: str) -> None:
     """In the docstring that says what each is for."""

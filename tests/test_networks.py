@@ -185,6 +185,21 @@ def test_an_unknown_model_lists_the_choices(model: str) -> None:
         NetworkConfig(model, 10, 3, (32, 32))
 
 
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [
+        ("examples/own_network.py:my_network", ": here examples.own_network:my_network"),
+        ("./own.py:net", ": here own:net"),
+        ("/home/own.py:net", ""),
+        ("../own.py:net", ""),
+        ("own.py", ""),
+    ],
+)
+def test_a_file_is_named_as_a_module(model: str, own: str) -> None:
+    with pytest.raises(ValueError, match=rf"or package\.module:function for your own{own}$"):
+        NetworkConfig(model, 10, 3, (32, 32))
+
+
 @pytest.mark.parametrize("name", ["num_classes", "in_channels"])
 def test_numbers_that_are_not_whole_are_refused(name: str) -> None:
     settings: dict[str, Any] = {"num_classes": 10, "in_channels": 3, "image_size": (8, 8)}

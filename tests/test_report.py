@@ -669,6 +669,9 @@ class TestReading:
         found = Page(html(results)).texts
         assert {"75.00%", "8 ppm", "5 ppm", "7 ppm", "2.5e-01"} <= set(found)
         assert "a: the exported model against PyTorch on the 64 images that its export kept." in found
+        assert any(
+            text.endswith("Spike counts: of each layer and step; at least as many spikes differ.") for text in found
+        )
 
     def test_agreement_alone_is_compared_with_any_data(self, tmp_path: Path) -> None:
         files = [
@@ -691,7 +694,9 @@ class TestReading:
         assert results.notes == (
             f"The models did not all run on the same device and runtime (cpu, {on}): latencies do not compare.",
         )
-        assert f"Median time of one image at a time, on cpu, {on}. An unrolled" in repr(document_of(results))
+        assert f"Median time of one image at a time, on cpu, {on}." in repr(document_of(results))
+        always = "An unrolled graph always runs all of its steps, so that its latency is the same for every T (a, b)."
+        assert always in " ".join(Page(html(results)).texts)
 
     def test_a_data_file_counts_by_its_name(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{n}.json", result(data=f"{n}/test.npz")) for n in ("x", "y")]

@@ -524,6 +524,8 @@ def test_resuming_a_finished_run_says_what_is_wrong_with_its_checkpoint(copied: 
     file.unlink()  # as of seeds that lost
     with pytest.warns(RuntimeWarning, match=r"checkpoint\.safetensors is gone: .* must be trained anew"):
         assert run(copied, resume=True).best is not None
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.safetensors; it is gone: put it back, go on .*, or name"):
+        tetdeploy.load(copied, network=Toy())
 
 
 def test_init_starts_a_new_run_from_given_weights(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ __all__ = ["Engine", "__version__", "load"]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Lazy: a serving host imports the engine without torch, a training host needs no onnxruntime.
     if name == "load":

@@ -135,6 +135,10 @@ class Engine:
         self.input_dtype = np.dtype(self.metadata["input"]["dtype"])
         self.class_names: tuple[str, ...] = tuple(self.metadata["class_names"])
 
+    def __repr__(self) -> str:
+        T = "any" if self.T is None else self.T
+        return f"Engine({str(self.path)!r}, {self.layout}, T={T}, {self.precision}, device={self.device!r})"
+
     def run(self, x: Array, T: int | None = None, *, exit: Exit | None = None) -> Result:
         """Run images or frames from u = 0; on a CPU a large batch in parts.
 

@@ -128,6 +128,12 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
+    if split == "train" and trained_on:
+        console.print(
+            f"{engine.path.name} was trained on these images and is surer of them than of new ones, of which it may "
+            "lose more than --loss, whatever the test says",
+            style="yellow",
+        )
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     check_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images if limit is None else images.select(slice(limit))

@@ -476,10 +476,13 @@ def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path 
             else {"best_epoch": best.epoch, "val_accuracy": best.val_accuracy, "val_loss": best.val_loss}
         )
         write_json(json_path, {"run": str(result.out), "epochs": result.epochs, "seconds": result.seconds, **fields})
+    kept = "last epoch"
     if best is not None and best.val_accuracy is not None:
-        console.print(f"best val {best.val_accuracy:.2%} at epoch {best.epoch}  ->  {result.checkpoint}")
-    else:
-        console.print(f"last epoch  ->  {result.checkpoint}")
+        kept = f"best val {best.val_accuracy:.2%} at epoch {best.epoch}"
+    if not result.checkpoint.is_file():  # of a run that was finished before; a warning has said so
+        console.print(f"{kept}: gone")
+        return
+    console.print(f"{kept}  ->  {result.checkpoint}")
     _say_next(result.out, job)
 
 

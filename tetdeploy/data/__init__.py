@@ -76,7 +76,9 @@ _SACCADES = "saccades:"
 _OF_PATHS = ("folder:", "imagenet:", _EVENTS)  # what stands before a path
 
 
-def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, trained: Framing | None = None) -> LabelledSet:
+def load_data(
+    name: str, split: Split, *, data_dir: Path | str | None = None, T: int = 10, trained: Framing | None = None
+) -> LabelledSet:
     """Load an image set or an event set.
 
     Args:
@@ -86,7 +88,8 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, trained: 
             before an event camera); each frame has the same number of events, or with "by-time:" in front of the name
             the same time. Or a path that ends in ".npz", of images or frames (one set: both splits read all of it).
         split: "train" or "test".
-        data_dir: where data sets are looked for, and downloaded to when missing.
+        data_dir: where data sets are looked for, and downloaded to when missing; by default the folder that the
+            environment variable TETDEPLOY_DATA names, else "data".
         T: frames that a recording is cut into. Images and a `.npz` are as they are.
         trained: how what a network was trained on was framed: its sensor is that of "events:PATH", too, where the
             recordings do not say theirs and it holds their events. How they are cut is as `name` says.
@@ -104,6 +107,8 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, trained: 
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; choose 'train' or 'test'")
     check_type("name", name, str, f"choose {_CHOICES}")
+    if data_dir is None:
+        data_dir = os.environ.get("TETDEPLOY_DATA") or "data"
     check_path("data_dir", data_dir, "a folder")
     data_dir = Path(data_dir).expanduser()
     plain = name.removeprefix(_BY_TIME)

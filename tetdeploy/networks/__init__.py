@@ -61,6 +61,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 _MAX_WIDTH = 100  # far beyond any memory; numbers of channels beyond 64 bits end in PyTorch
+_OWN_MODEL = r"\w+(\.\w+)*:\w+"
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         check_flags(self)
-        if self.model not in NETWORKS and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.model):
+        if self.model not in NETWORKS and not re.fullmatch(_OWN_MODEL, self.model):
             raise ValueError(
                 f"unknown model {self.model!r}; choose one of {', '.join(NETWORKS)}, "
-                "or package.module:function for your own"
+                f"or package.module:function for your own{_as_module(self.model)}"
             )
         for name in ("num_classes", "in_channels"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
@@ -119,6 +120,13 @@ class NetworkConfig:
     def is_own(self) -> bool:
         """Whether the network is the user's own code."""
         return self.model not in NETWORKS
+
+
+def _as_module(model: str) -> str:
+    """What to write in place of a file's path, where that can be told."""
+    file, _, function = model.rpartition(":")
+    own = f"{file.removeprefix('./').removesuffix('.py').replace('/', '.')}:{function}"
+    return f": here {own}" if file.endswith(".py") and re.fullmatch(_OWN_MODEL, own) else ""
 
 
 def _height_and_width(size: Any) -> tuple[int, int]:

@@ -150,11 +150,9 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(training: Mapping[str, Any]) -> str:
-    steps = (
-        f"TIT {training['tit']}"
-        if training.get("tit")
-        else f"T={training.get('T')}, {counted(training.get('epochs'), 'epoch')}"
-    )
+    epochs: Any = training.get("epochs")
+    tit = training.get("tit")
+    steps = f"TIT {tit}" if tit else f"T={training.get('T')}, {counted(epochs, 'epoch')}"
     name, first, lam = str(training.get("loss", "")), training.get("switch_to_tet"), training.get("lam")
     loss = name.upper()
     if first:

@@ -188,8 +188,12 @@ def checkpoint_file(path: Path | str) -> Path:
 def _why_none(folder: Path) -> str:
     """Why a folder has no checkpoint, and what to name instead."""
     if (folder / STATE_NAME).exists():
-        other = _newest_trained(folder.parent)
-        return f"its first epoch is not finished: go on with --resume, or name another run{_such(other)}"
+        other, metrics = _newest_trained(folder.parent), folder / METRICS_NAME
+        if metrics.is_file() and metrics.stat().st_size:
+            fault = "it is gone: put it back, go on with --resume if epochs are left to train"
+        else:
+            fault = "its first epoch is not finished: go on with --resume"
+        return f"{fault}, or name another run{_such(other)}"
     if seeds := seed_runs(folder):
         finished = [run for run in seeds if (run / CHECKPOINT_NAME).exists()]
         one = f"name one, such as {finished[0]}" if finished else "none has finished an epoch yet"

@@ -23,15 +23,18 @@ _NOTE = (
     "Same class: images for which both give the same answer. Spikes that differ: of all neurons and steps, in parts "
     "per million; a membrane potential u that lies within rounding of the threshold v_th may fall on either side. By "
     "itself: where each layer of PyTorch reads the spikes that the engine's layer read, so that no earlier layer plays "
-    "a part. Spike counts: of each layer and step; at least as many spikes differ."
+    "a part."
 )
+_NOTE_ON_COUNTS = " Spike counts: of each layer and step; at least as many spikes differ."
 
 
 def agreement(results: Results) -> Section | None:
     """A table by T for each model, and one by layer where it is known which spikes differ."""
     compared = [m for m in results.measurements if agrees(m.content)]
     tables = [table for m in compared for table in (_by_steps(m), _by_layer(m)) if table is not None]
-    return Section("Agreement with PyTorch", (*tables, Note(_NOTE))) if tables else None
+    counts = any(row.get("spike_count_error") is not None for m in compared for row in m.rows)
+    note = Note(_NOTE + _NOTE_ON_COUNTS * counts)
+    return Section("Agreement with PyTorch", (*tables, note)) if tables else None
 
 
 def gates(results: Results) -> Section | None:

@@ -78,10 +78,7 @@ def _energy_axis(measured: Sequence[Measurement]) -> tuple[str, float]:
 
 def _latency_caption(measured: Sequence[Measurement]) -> str:
     ran_on = ", ".join(dict.fromkeys(one.ran_on for m in measured for one in m.seeds or (m,)))
-    caption = f"Median time of one image at a time, on {ran_on}."
-    unrolled = [m.name for m in measured if m.content.get("layout") == "unrolled"]
-    always = "An unrolled graph always runs all of its steps: it takes as long for every T"
-    return f"{caption} {always} ({', '.join(unrolled)})." if unrolled else caption
+    return f"Median time of one image at a time, on {ran_on}."
 
 
 def _notes(measured: Sequence[Measurement]) -> list[Note]:
@@ -94,6 +91,10 @@ def _notes(measured: Sequence[Measurement]) -> list[Note]:
     left_out: dict[str, list[str]] = {}
     for m in measured:
         left_out.setdefault(_left_out(m), []).append(m.name)
+    unrolled = [m.name for m in measured if m.content.get("layout") == "unrolled" and m.points("T", "latency_ms")]
+    if unrolled:
+        always = "An unrolled graph always runs all of its steps, so that its latency is the same for every T"
+        text += f" {always} ({', '.join(unrolled)})."
     return [
         Note(text),
         *(Note(f"Not in the totals of {', '.join(n)}: {what}.") for what, n in left_out.items() if what),
