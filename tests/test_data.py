@@ -590,7 +590,8 @@ def make_tree(root: Path, classes: tuple[str, ...] = ("cat", "ant"), per_class: 
 
 def test_folder_reads_every_image_with_its_class(tmp_path: Path) -> None:
     make_tree(tmp_path)
-    (tmp_path / "train" / "cat" / ".DS_Store").write_bytes(b"ignored")
+    for hidden in (".DS_Store", "Thumbs.db"):
+        (tmp_path / "train" / "cat" / hidden).write_bytes(b"ignored")
     data = load_data(f"folder:{tmp_path}", "train", data_dir=NO_DATA)
     assert data.images.shape == (6, 3, 4, 6) and data.class_names == ("ant", "cat")
     assert sorted(data.images[:, 0, 0, 0]) == [0, 1, 2, 10, 11, 12]
@@ -1016,7 +1017,7 @@ def write_tree(root: Path, files: dict[str, bytes]) -> None:
 @pytest.mark.usefixtures("small_cifar")
 def test_cifar_tree_and_zips_give_the_same(tmp_path: Path) -> None:
     files = cifar_files("train")
-    hidden = {f"cifar10/train/{name}": b"no image" for name in ("cat/.DS_Store", ".cache/cat")}
+    hidden = {f"cifar10/train/{name}": b"no image" for name in ("cat/.DS_Store", "cat/desktop.ini", ".cache/cat")}
     write_tree(tmp_path / "tree", files | hidden)
     (tmp_path / "zips").mkdir()
     names = list(files)

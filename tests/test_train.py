@@ -1031,6 +1031,8 @@ def test_progress_is_one_line_an_epoch_off_a_terminal(tmp_path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("toy  52 train  31 validation   tests:toy 0.000243 M parameters   fp32")
     assert lines[1] == "TET lambda 0.05   T=2   3 epochs   batch size 8   adamw lr 0.002"
+    run(tmp_path / "cut", progress=None, config=settings(batch_size=60))
+    assert "   batch size 52 (all there are, of 60)   " in capsys.readouterr().out
     assert len(lines) == 5
     assert lines[4].startswith("epoch 3/3  T=2  loss ") and lines[4].endswith("img/s  eta 00:00")
 

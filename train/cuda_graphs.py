@@ -12,6 +12,7 @@ Never run yet on a GPU: see docs/gpu.md.
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,7 @@ class StepGraphs:
             torch.cuda.set_stream(outside)
             generator.graphsafe_set_state(whole)
             cause = error.__context__ or error
+            traceback.clear_frames(cause.__traceback__)  # its gradients' nodes, which keep the stream of the recording
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             raise ValueError(

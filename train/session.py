@@ -308,12 +308,13 @@ def headline(session: Session) -> str:
     steps = f"T={config.random_T or config.T}"
     time = f"TIT {config.tit}" if config.tit else f"{steps}   {counted(config.epochs, 'epoch')}"
     rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(stage.lr for stage in config.stages))
+    cut = f" (all there are, of {config.batch_size})" if session.batch_size < config.batch_size else ""
     several = f"{session.ranks.size} x " if session.ranks.size > 1 else ""
     return (
         f"{classifier.data}  {len(session.train):,} train  {session.held_out:,} validation   "
         f"{twin}{classifier.config.model} {millions:.3g} M parameters{smooth}{parent}   "
         f"{session.precision}{in_8_bits} on {several}{device_name(session.device)}\n"
-        f"{loss}   {time}   batch size {session.batch_size}   {config.optimizer} lr {rates}"
+        f"{loss}   {time}   batch size {session.batch_size}{cut}   {config.optimizer} lr {rates}"
     )
 
 

@@ -17,7 +17,7 @@ from tetdeploy.wording import shorten
 from .cache import Arrays, Cache
 from .decoding import ImageFile, decode_images
 from .download import download_torchvision
-from .folder import class_files
+from .folder import class_files, is_hidden
 from .images import ImageSet, mixed_order
 from .labelled import Split
 
@@ -155,7 +155,7 @@ def _from_zips(cifar: _Cifar, split: Split, zips: list[Path]) -> Arrays:
                 raise ValueError(f"{path} is not a zip or is cut short ({error}); copy it again") from error
             for info in archive.infolist():
                 parts = PurePosixPath(info.filename).parts
-                hidden = any(part.startswith(".") for part in parts)  # left out, as in a tree
+                hidden = any(map(is_hidden, parts))  # left out, as in a tree
                 if parts[:2] != (cifar.name, split) or len(parts) != 4 or hidden:
                     continue
                 if parts in found:

@@ -35,7 +35,7 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning, trained:
     Classes are the folders' names, sorted. All recordings must come from sensors of one size: a `.npz` says it in
     `sensor_size` (width, height). If no file says it, it is that of `trained`, or, without that or where events lie
     outside it, the smallest sensor that holds every event; if that is scaled, a warning says so. The order is
-    fixed and mixed over the classes. Names that begin with a dot are ignored.
+    fixed and mixed over the classes. Hidden files are ignored, as in `load_folder`.
 
     Returns:
         Frames uint8 [N, T, 2, H, W], H and W at most 48, see `to_frames`.

@@ -25,7 +25,7 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
 
     Classes are the folders' names, sorted. All images, of both splits, must have one size; they become RGB unless all
     are greyscale. Mean and std are those of the training images. The order is fixed and mixed over the classes.
-    Names that begin with a dot are ignored.
+    Names that begin with a dot are ignored, and Windows's Thumbs.db and desktop.ini.
 
     Args:
         root: the folder that has `train` and `test`, each with the same class folders.
@@ -130,10 +130,15 @@ def class_folders(folder: Path, *, suffixes: tuple[str, ...] = SUFFIXES, kind: s
     return classes
 
 
+def is_hidden(name: str) -> bool:
+    """Whether it begins with a dot, or is what Windows's Explorer leaves in folders."""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+
+
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """What does not begin with a dot, sorted by name."""
+    """What is not hidden, sorted by name."""
     with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        return sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
 
 
 def refuse_different_classes(root: Path, train: Iterable[str], test: Iterable[str], *, test_name: str = "test") -> None:
