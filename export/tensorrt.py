@@ -20,10 +20,10 @@ import onnx
 from tetdeploy.arguments import check_whole
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
-from tetdeploy.storage.files import atomic_write, write_json
+from tetdeploy.storage.files import atomic_write, check_writable, write_json
 from tetdeploy.storage.model_file import read_model
 from tetdeploy.storage.provenance import written
-from tetdeploy.system.signals import handled, terminations
+from tetdeploy.system.signals import handled, second_ends, terminations
 
 from .progress import Progress
 from .reading import parse_graph
@@ -115,29 +115,32 @@ def build_engine(
     trt = import_tensorrt(package)
     architectures = target_architectures(trt, package, config.gpu_architectures)
     _check_cache(config.timing_cache, package)
+    check_writable(path, ".engine", remedy="name another file")
+    check_writable(manifest_path(path), remedy="name another file")
+    started = time.perf_counter()
+    build = _Build(trt, prepare(graph), progress)
+    build.configure(config, T, architectures if package == "tensorrt-rtx" else ())
+    plan = build.run(f"{package} {trt.__version__} cannot build {model.name}")
+    manifest = {
+        "format": 1,
+        "package": package,
+        "version": trt.__version__,
+        "gpu_architectures": architectures,
+        "graph": model.name,
+        "graph_sha256": hashlib.sha256(data).hexdigest(),
+        "engine_sha256": hashlib.sha256(plan).hexdigest(),
+        "engine_bytes": len(plan),
+        "batch": config.batch,
+        "T": T,
+        "workspace_mb": config.workspace_mb,
+        "tensors": build.tensors,
+        "layers": layers_of(build.report, graph),
+        "build_seconds": round(time.perf_counter() - started, 3),
+        **written(onnx=onnx.__version__),
+        "metadata": metadata,
+    }
+    # Only now: a second Ctrl-C during the build ends the process at once.
     with atomic_write(manifest_path(path)) as manifest_file, atomic_write(path) as engine_file:
-        started = time.perf_counter()
-        build = _Build(trt, prepare(graph), progress)
-        build.configure(config, T, architectures if package == "tensorrt-rtx" else ())
-        plan = build.run(f"{package} {trt.__version__} cannot build {model.name}")
-        manifest = {
-            "format": 1,
-            "package": package,
-            "version": trt.__version__,
-            "gpu_architectures": architectures,
-            "graph": model.name,
-            "graph_sha256": hashlib.sha256(data).hexdigest(),
-            "engine_sha256": hashlib.sha256(plan).hexdigest(),
-            "engine_bytes": len(plan),
-            "batch": config.batch,
-            "T": T,
-            "workspace_mb": config.workspace_mb,
-            "tensors": build.tensors,
-            "layers": layers_of(build.report, graph),
-            "build_seconds": round(time.perf_counter() - started, 3),
-            **written(onnx=onnx.__version__),
-            "metadata": metadata,
-        }
         engine_file.write_bytes(plan)
         write_json(manifest_file, manifest)
         if config.timing_cache is not None:
@@ -207,7 +210,7 @@ class _Build:
 
         Raises:
             ValueError: `refused`, and TensorRT's reason.
-            KeyboardInterrupt: Ctrl-C, which TensorRT itself would not hear.
+            KeyboardInterrupt: Ctrl-C, which TensorRT itself would not hear, at its next step.
         """
         plan = None
         if self._parsed:
@@ -269,12 +272,14 @@ def _observers(trt: Any, progress: Progress | None) -> tuple[Any, Any]:
 
 @contextmanager
 def _interruptible(monitor: Any) -> Iterator[None]:
-    """Ctrl-C, SIGTERM or SIGHUP stops the build at its next step: an exception in what TensorRT calls would be lost."""
+    """Ctrl-C, SIGTERM or SIGHUP stops the build at its next step: an exception in what TensorRT calls would be lost. A
+    step may take minutes, so that a second one ends the process."""
 
     def stop(*_: object) -> None:
         monitor.stopped = True
 
-    with handled(stop, signal.SIGINT, *terminations()):
+    numbers = (signal.SIGINT, *terminations())
+    with handled(stop, *numbers), second_ends(*numbers):
         yield
 
 

@@ -136,8 +136,11 @@ class Recording:
             )
 
     def _check_times(self) -> None:
-        if self.t.dtype.kind not in "iuf" or (self.t.dtype.kind == "f" and not np.isfinite(self.t).all()):
-            raise ValueError(f"its times are {self.t.dtype}, or not finite; wanted numbers, such as microseconds")
+        if self.t.dtype.kind not in "iuf":
+            raise ValueError(f"its times are {self.t.dtype}; wanted numbers, such as microseconds")
+        lost = np.flatnonzero(~np.isfinite(self.t))
+        if len(lost):
+            raise ValueError(f"event {lost[0]} is at {self.t[lost[0]]}; wanted times, such as microseconds")
         if self.t.min() < 0:
             raise ValueError(f"it has a negative time, {self.t.min()}; times start at 0 or later")
         back = np.flatnonzero(self.t[1:] < self.t[:-1])

@@ -68,8 +68,9 @@ def _replaced(network: N, replacement: Callable[[LIF], nn.Module]) -> N:
         raise ValueError(f"{type(network).__name__} has no LIF or IF neurons to replace; it is no spiking network")
     if own := [neuron for _, neuron in neurons if _computes_other(neuron)]:
         raise ValueError(
-            f"{type(own[0]).__name__} computes or learns something of its own, which a twin would leave out; twins are "
-            "made of LIF and IF alone: put what is added into a layer of its own, before or behind them"
+            f"{type(own[0]).__name__} computes or learns something of its own, which would be left out where ReLU or "
+            "smooth spikes take the place of neurons: build the network with LIF and IF for that, or put what is added "
+            "into a layer of its own, before or behind them"
         )
     for path, neuron in neurons:
         twin.set_submodule(path, replacement(neuron))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,35 @@ def handled(handler: Callable[[int, FrameType | None], object], *numbers: signal
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+@contextmanager
+def second_ends(*numbers: signal.Signals) -> Iterator[None]:
+    """Let the second of these signals end the process with exit code 130, also while foreign code computes and no
+    handler in Python is called, as long as it lets other threads run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals, arrived = socket.socketpair()
+
+    def watch() -> None:
+        count = 0
+        while number := signals.recv(1):
+            count += number[0] in numbers
+            if count == 2:
+                os._exit(130)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    arrived.setblocking(False)
+    before = signal.set_wakeup_fd(arrived.fileno())
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        arrived.close()
+        watcher.join()
+        signals.close()
 
 
 def terminations() -> tuple[signal.Signals, ...]:
