@@ -62,7 +62,7 @@ def main() -> None:
         parser.error("--epochs and --T must be at least 1")
 
     torch.manual_seed(0)
-    train, test = (load_data("digits", part, data_dir=Path("data")) for part in ("train", "test"))
+    train, test = (load_data("digits", part) for part in ("train", "test"))
     images, labels = torch.tensor(train.x), torch.tensor(train.labels)  # uint8, which the classifier normalises
     config = NetworkConfig("own_training_loop:my_network", len(train.class_names), in_channels=1, image_size=(8, 8))
     network = Classifier(

@@ -23,7 +23,7 @@ from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, imp
 from tetdeploy.storage.files import atomic_write, check_writable, write_json
 from tetdeploy.storage.model_file import read_model
 from tetdeploy.storage.provenance import written
-from tetdeploy.system.signals import handled, second_ends, terminations
+from tetdeploy.system.signals import handled, second_ctrl_c_ends, terminations
 
 from .progress import Progress
 from .reading import parse_graph
@@ -273,13 +273,12 @@ def _observers(trt: Any, progress: Progress | None) -> tuple[Any, Any]:
 @contextmanager
 def _interruptible(monitor: Any) -> Iterator[None]:
     """Ctrl-C, SIGTERM or SIGHUP stops the build at its next step: an exception in what TensorRT calls would be lost. A
-    step may take minutes, so that a second one ends the process."""
+    step may take minutes, so that a second Ctrl-C ends the process."""
 
     def stop(*_: object) -> None:
         monitor.stopped = True
 
-    numbers = (signal.SIGINT, *terminations())
-    with handled(stop, *numbers), second_ends(*numbers):
+    with handled(stop, signal.SIGINT, *terminations()), second_ctrl_c_ends():
         yield
 
 

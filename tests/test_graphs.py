@@ -332,14 +332,13 @@ def test_a_wait_would_be_noticed() -> None:
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p in ("fp32", "bf16")])
 @pytest.mark.parametrize("changes", [{}, {"tit": "1:1,2:2"}, {"random_T": "1:3", "ema": 0.0}])
 def test_losses_with_graphs_are_those_without(tmp_path: Path, precision: str, changes: dict[str, Any]) -> None:
-    """Kernels add up in an order of their own from run to run, a spike flips now and then: the first epoch agrees. (Its
-    losses of weights that differ by 1e-6 were up to 4 % apart in bfloat16, in float32 1.5 %, and of random T 3 %.)"""
+    """Kernels add up in an order of their own from run to run, a spike flips now and then: the first epoch agrees. (In
+    bfloat16 weights that differ by 1e-6 gave losses up to 4 % apart.)"""
     config = settings(device="cuda", precision=precision, **changes)
     for name in ("plain", "graphs"):
         train(classifier(), TRAIN, VAL, config, tmp_path / name, progress=False, how=How(cuda_graphs=name == "graphs"))
     plain, graphs = metrics(tmp_path / "plain"), metrics(tmp_path / "graphs")
-    close = 0.1 if precision == "bf16" else 0.05 if "random_T" in changes else 0.02
-    assert graphs[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=close)
+    assert graphs[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.02 if precision == "fp32" else 0.1)
     assert graphs[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=0.1)
     assert [record["T"] for record in graphs] == [record["T"] for record in plain]
 

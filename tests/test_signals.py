@@ -1,5 +1,5 @@
 """SIGHUP, which the end of a terminal's session sends, is treated as SIGTERM where nobody else treats it. A second
-signal ends what hears none."""
+Ctrl-C ends what hears none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tetdeploy.system.signals import deferred_interrupt, handled, second_ends, terminations
+from tetdeploy.system.signals import deferred_interrupt, handled, second_ctrl_c_ends, terminations
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 
@@ -33,14 +33,14 @@ def test_a_sighup_that_is_ignored_or_means_something_else_is_left_alone() -> Non
 
 COMPUTING = """
 import hashlib, signal
-from tetdeploy.system.signals import handled, second_ends
-with handled(lambda *_: None, signal.SIGINT), second_ends(signal.SIGINT):
+from tetdeploy.system.signals import handled, second_ctrl_c_ends
+with handled(lambda *_: None, signal.SIGINT), second_ctrl_c_ends():
     print("computing", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # in C, for minutes, while Python calls no handler
 """
 
 
-def test_the_second_signal_ends_what_hears_none() -> None:
+def test_the_second_ctrl_c_ends_what_hears_none() -> None:
     with subprocess.Popen([sys.executable, "-c", COMPUTING], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "computing\n"
@@ -53,9 +53,11 @@ def test_the_second_signal_ends_what_hears_none() -> None:
             process.kill()
 
 
-def test_one_signal_ends_nothing_and_the_watch_is_over_afterwards() -> None:
+def test_one_ctrl_c_ends_nothing_and_the_watch_is_over_afterwards() -> None:
     seen: list[int] = []
+    numbers = [signal.SIGINT, signal.SIGHUP, signal.SIGHUP]
     for _ in range(2):
-        with handled(lambda number, _: seen.append(number), signal.SIGHUP), second_ends(signal.SIGHUP):
-            signal.raise_signal(signal.SIGHUP)
-    assert seen == [signal.SIGHUP] * 2 and signal.set_wakeup_fd(-1) == -1
+        with handled(lambda number, _: seen.append(number), *set(numbers)), second_ctrl_c_ends():
+            for number in numbers:
+                signal.raise_signal(number)
+    assert seen == numbers * 2 and signal.set_wakeup_fd(-1) == -1

@@ -36,7 +36,8 @@ def goes_on(out: Path) -> bool:
     do not, and a warning says so."""
     if not (out / FOLDER).is_dir():
         return False
-    if (there := importlib.util.find_spec("tensorboard") is not None) is False:
+    there = importlib.util.find_spec("tensorboard") is not None
+    if not there:
         text = f"{out / FOLDER}: the curves end here, as the package tensorboard is not installed"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return there

@@ -159,9 +159,7 @@ def _training(training: Mapping[str, Any]) -> str:
         loss += f" for {counted(first, 'epoch')}, then TET"
     if name and lam is not None and (first or has_regulariser(name)):
         loss += f" λ={lam:g}"
-    rest = ", ".join(
-        f"{name} {training[name]}" for name in ("optimizer", "lr", "batch_size", "seed") if name in training
-    )
+    rest = ", ".join(f"{key} {training[key]}" for key in ("optimizer", "lr", "batch_size", "seed") if key in training)
     qat = "fine-tuned in 8 bits (--qat)" if training.get("qat") else ""
     return ", ".join(part for part in (steps, loss, rest.replace("_", " "), qat) if part)
 

@@ -26,9 +26,10 @@ def handled(handler: Callable[[int, FrameType | None], object], *numbers: signal
 
 
 @contextmanager
-def second_ends(*numbers: signal.Signals) -> Iterator[None]:
-    """Let the second of these signals end the process with exit code 130, also while foreign code computes and no
-    handler in Python is called, as long as it lets other threads run."""
+def second_ctrl_c_ends() -> Iterator[None]:
+    """Let the second Ctrl-C end the process with exit code 130, also while foreign code computes and no handler in
+    Python is called, as long as it lets other threads run. Other signals may come twice for one reason: a shell sends
+    SIGHUP, and so does the system."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -37,7 +38,7 @@ def second_ends(*numbers: signal.Signals) -> Iterator[None]:
     def watch() -> None:
         count = 0
         while number := signals.recv(1):
-            count += number[0] in numbers
+            count += number[0] == signal.SIGINT
             if count == 2:
                 os._exit(130)
 
