@@ -396,7 +396,10 @@ def _load(run: Path | None, runs: Path, own: str | None) -> tuple[Trained, Class
     from tetdeploy.checkpoint import read_checkpoint
     from tetdeploy.export.trained import Trained
 
-    checkpoint = read_checkpoint(run or newest_run(runs))
+    if run is None:
+        run = newest_run(runs)
+        console.print(f"exporting {run}", style="dim")
+    checkpoint = read_checkpoint(run)
     trained = Trained.of(checkpoint)
     if trained.file.is_dir():
         besides = " and not their moving average" if trained.metadata["training"].get("ema") else ""
