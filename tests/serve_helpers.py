@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 PATIENCE = 60
+OF_OTHERS = {"WEB_CONCURRENCY": "auto", "PROMETHEUS_MULTIPROC_DIR": "/nonexistent"}  # what other servers read
 needs_serve = pytest.mark.skipif(find_spec("uvicorn") is None, reason="needs the extra serve")
 
 
@@ -47,7 +49,8 @@ class Server:
 
 def start(*arguments: str) -> Server:
     command = [sys.executable, "-m", "tetdeploy", "serve", "--http-port", "0", "--grpc-port", "0", "--threads", "1"]
-    return started(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True))
+    environment = os.environ | OF_OTHERS
+    return started(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True, env=environment))
 
 
 def started(process: subprocess.Popen[str], patience: float = 2 * PATIENCE) -> Server:

@@ -16,7 +16,7 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 from starlette.types import Message, Receive, Scope, Send
 
 from tetdeploy.serve import bodies
-from tetdeploy.serve.bodies import BodyLimit, Budget, OverBudgetError, Share
+from tetdeploy.serve.bodies import LARGE, BodyLimit, Budget, OverBudgetError, Share
 
 
 class Client:
@@ -337,6 +337,31 @@ def test_a_call_that_is_cancelled_while_its_answer_is_read_says_nothing_more() -
         assert not client._sent
 
     running(test)
+
+
+@pytest.mark.parametrize("size", [LARGE, LARGE + 1])
+def test_probes_are_answered_between_large_bodies(size: int) -> None:
+    happened: list[str] = []
+
+    class Parser(App):
+        async def __call__(self, *given: Any) -> None:
+            happened.append("body")
+            await super().__call__(*given)
+
+    async def probe() -> None:
+        for _ in range(10):
+            happened.append("probe")
+            await asyncio.sleep(0)
+
+    async def test(limit: BodyLimit, app: App) -> None:
+        app.let_go.set()
+        clients = [Client(limit) for _ in range(3)]
+        await asyncio.gather(*(client.send(bytes(size)) for client in clients), probe())
+        for client in clients:
+            assert await client.answer() == (200, "")
+
+    running(test, max_bytes=size, max_total=3 * size, app=Parser)
+    assert ("body body" in " ".join(happened)) is (size == LARGE)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 60)), max_size=40))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from export_helpers import exported
@@ -27,8 +27,8 @@ from starlette.responses import Response
 from uvicorn.server import ServerState
 
 from tetdeploy.engine import Engine
-from tetdeploy.serve import server
-from tetdeploy.serve.bodies import Budget, Sizes
+from tetdeploy.serve import rpc, server
+from tetdeploy.serve.bodies import LARGE, Budget, Sizes
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.models import Bounds
 from tetdeploy.serve.protocol import Models
@@ -108,6 +108,27 @@ def test_answers_wait_for_no_acknowledgement() -> None:
             assert answering.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+def test_a_connection_that_was_reset_is_let_go_of_at_once() -> None:
+    """uvicorn cancels the timer of an idle connection only where its client closes it in order."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Response("")(scope, receive, send)
+
+    async def waits_for_the_timer(error: Exception | None) -> bool:
+        config = server._http_server(app).config
+        protocol = server._H11(config, ServerState(), {})
+        protocol.connection_made(Mock(get_extra_info=Mock(return_value=None), is_closing=Mock(return_value=False)))
+        protocol.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        while protocol.timeout_keep_alive_task is None:
+            await asyncio.sleep(0)
+        timer = protocol.timeout_keep_alive_task
+        protocol.connection_lost(error)
+        return not timer.cancelled()
+
+    assert not asyncio.run(waits_for_the_timer(None))
+    assert not asyncio.run(waits_for_the_timer(ConnectionResetError()))
+
+
 def test_connections_stay_open_for_as_long_as_is_said() -> None:
     async def app(*given: Any) -> None:
         pass
@@ -167,8 +188,8 @@ def test_nothing_is_logged_of_what_any_client_may_send_over_grpc(caplog: pytest.
     async def scenario() -> None:
         sizes = Sizes(1000, 1000, 1000)
         models, metrics = Models([]), Metrics(CollectorRegistry())
-        rpc = grpc_server(models, Inferences(models, metrics, sizes, Budget(1000)), sizes)
-        port = await server._start_grpc(rpc, Address("127.0.0.1", 0, 0), "127.0.0.1")
+        running = grpc_server(models, Inferences(models, metrics, sizes, Budget(1000)), sizes)
+        port = await server._start_grpc(running, Address("127.0.0.1", 0, 0), "127.0.0.1")
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             for call in calls:
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -181,10 +202,32 @@ def test_nothing_is_logged_of_what_any_client_may_send_over_grpc(caplog: pytest.
         writer.write(_frame(0, 1, 1, bytes(5)))
         await reader.readuntil(b"grpc-status\x010")
         writer.close()
-        await rpc.stop(None)
+        await running.stop(None)
 
     asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
     assert not caplog.messages
+
+
+def test_probes_are_answered_between_large_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    def parse(*_: Any) -> None:
+        happened.append("message")
+        raise ValueError
+
+    async def scenario() -> None:
+        sizes = Sizes(LARGE + 1, 1000, 3 * (LARGE + 1))
+        inferences = Inferences(Models([]), Metrics(CollectorRegistry()), sizes, Budget(sizes.max_total))
+        context = Mock(abort=AsyncMock())
+        calls = [asyncio.create_task(inferences.answer(bytes(LARGE + 1), context)) for _ in range(3)]
+        while not all(call.done() for call in calls):
+            happened.append("probe")
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(rpc, "parse", parse)
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+    assert happened.count("message") == 3
+    assert "message message" not in " ".join(happened)
 
 
 def test_sequences_that_idle_are_looked_for_once_a_second_at_least() -> None:

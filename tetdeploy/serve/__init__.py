@@ -20,3 +20,7 @@ import os
 # Before gRPC is imported: its C core writes a line for each call with headers that it cannot read, which any client can
 # have it do until a pipe that nobody reads is full, and the server waits for ever.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+# A variable for servers of several processes, read as prometheus_client is imported: counters would be files where it
+# says, which a later process of the same number goes on with, and a folder that is not there would end this one.
+for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+    os.environ.pop(name, None)

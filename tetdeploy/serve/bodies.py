@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY_SECONDS = 30.0  # that a body may take to arrive
+LARGE = 2**16  # bytes of a request; smaller ones of JSON are parsed within some milliseconds
 CUT_OFF = "the server is shutting down and could not finish this in time; ask another one, or later"
 
 
@@ -61,10 +62,12 @@ class Budget:
 
     Attributes:
         held: by those that are being read or answered now.
+        next_large: the lock of the large request that is parsed next.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.held = max_bytes, 0
+        self.next_large = asyncio.Lock()
 
 
 class Share:
@@ -87,6 +90,13 @@ class Share:
             )
         self._size += size
         budget.held += size
+
+    async def turn(self) -> None:
+        """Before a whole request is parsed, which nothing interrupts: a turn of the event loop with no other large one,
+        so that probes are answered between two that arrived together."""
+        if self._size > LARGE:
+            async with self._budget.next_large:
+                await asyncio.sleep(0)
 
     def give_back(self) -> None:
         self._budget.held -= self._size
@@ -131,6 +141,7 @@ class BodyLimit:
             told = {"error": refused.detail}
             return await JSONResponse(told, refused.status_code, refused.headers)(scope, receive, answer)
         if replay is not None:
+            await share.turn()
             await self.app(scope, replay, answer)
         return None
 

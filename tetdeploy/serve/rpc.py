@@ -111,6 +111,7 @@ class Inferences:
             with Share(self._budget) as share:
                 share.add(len(data))
                 started = time.perf_counter()
+                await share.turn()
                 message = parse(data, self._sizes)
                 name = message.model_name
                 response = await self._infer(message)

@@ -90,10 +90,9 @@ async def serve(
     budget = Budget(sizes.max_total)
     with _stop_signal() as stop, _listening(address) as listener:
         inferences = Inferences(named, metrics, sizes, budget)
-        rpc = grpc_server(named, inferences, sizes)
-        grpc_port = await _start_grpc(rpc, address, listener.getsockname()[0])
         limit = BodyLimit(application(named, metrics, sizes), sizes.max_request, budget)
-        server = _http_server(limit)
+        server, rpc = _http_server(limit), grpc_server(named, inferences, sizes)
+        grpc_port = await _start_grpc(rpc, address, listener.getsockname()[0])
         http = asyncio.create_task(server.serve([listener]))
         expiry = asyncio.create_task(_expire([model.served for model in models], bounds.sequence_timeout))
         try:
@@ -218,7 +217,12 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _H11(H11Protocol):
-    """Says nothing of upgrades, which are not offered: uvicorn would advise to install libraries for WebSockets."""
+    """Says nothing of upgrades, which are not offered: uvicorn would advise to install libraries for WebSockets. Of a
+    connection that was reset it keeps nothing: uvicorn's timer would hold its last request for KEEP_ALIVE_SECONDS."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
 
     def _unsupported_upgrade_warning(self, *_: Any) -> None:
         pass
@@ -233,6 +237,7 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
         log_config=None,  # as everything else here
         log_level="warning",
         access_log=False,
+        workers=1,  # or $WEB_CONCURRENCY is read, which is for other servers and need not be a number
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(GRACE_SECONDS),
     )
@@ -246,6 +251,8 @@ async def _start_grpc(server: grpc.aio.Server, address: Address, host: str) -> i
     try:
         port: int = server.add_insecure_port(replace(address, host=host).at(address.grpc_port))
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {where}, which may be in use; choose another --grpc-port or --host") from error
+        raise OSError(
+            f"cannot listen on {where}, which may be in use or not be allowed; choose another --grpc-port or --host"
+        ) from error
     await server.start()
     return port
