@@ -89,12 +89,12 @@ class _NamedNeurons(NeuronRecorder):
         return other.to(spikes, copy=True) if other.shape == spikes.shape else spikes
 
 
-def check_on_noise(classifier: Classifier, encoding: Encoding) -> int:
+def check_on_noise(classifier: Classifier, encoding: Encoding, *, T: int = 4) -> int:
     """`check_steps` of a classifier in inference for want of images: no value matters, only whether two ways of running
     the steps agree."""
     shape = (2, 4, *classifier.image_shape) if encoding == "frames" else (2, *classifier.image_shape)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return check_steps(classifier, torch.from_numpy(pixels).to(classifier.mean.device), encoding)
+    return check_steps(classifier, torch.from_numpy(pixels).to(classifier.mean.device), encoding, T=T)
 
 
 def check_reached(num_layers: int, num_reached: int) -> None:

@@ -14,6 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from tetdeploy.data import Encoding
 from tetdeploy.networks import Classifier, NetworkConfig, import_network
 from tetdeploy.tracing import Tracer
@@ -23,15 +26,19 @@ from .causality import check_on_noise
 _SECONDS = 300
 
 
-def why_not(config: NetworkConfig, encoding: Encoding) -> str | None:
+def why_not(config: NetworkConfig, encoding: Encoding, T: int) -> str | None:
     """Why a network of one's own cannot be exported, as far as a trace and two images of noise show that; None if they
-    show nothing against it, or the process ended without an answer."""
+    show nothing against it, or the process ended without an answer.
+
+    Args:
+        T: steps of the training; the network is run at two more, as `export_onnx` will.
+    """
     here = str(Path.cwd())  # which `import_network` adds; before the standard library's its files would be in the way
     paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path not in ("", here))
     try:
         with TemporaryDirectory() as folder:  # the user's code may print, and leave processes that hold a pipe
             file = Path(folder) / "answer.json"
-            file.write_text(json.dumps([asdict(config), encoding, sys.argv]))
+            file.write_text(json.dumps([asdict(config), encoding, T, sys.argv]))
             subprocess.run(
                 [sys.executable, "-P", "-m", "tetdeploy.export.preflight", str(file)],
                 stdin=subprocess.DEVNULL,
@@ -47,20 +54,28 @@ def why_not(config: NetworkConfig, encoding: Encoding) -> str | None:
     return answer
 
 
-def _answer(config: NetworkConfig, encoding: Encoding) -> str | None:
+def _answer(config: NetworkConfig, encoding: Encoding, T: int) -> str | None:
     network = import_network(config)
     mean, std = (0.5,) * config.in_channels, (0.25,) * config.in_channels
     class_names = tuple(map(str, range(config.num_classes)))
     classifier = Classifier(network, config=config, mean=mean, std=std, class_names=class_names, encoding=encoding)
     try:
-        check_on_noise(classifier.eval(), encoding)
+        check_on_noise(_told_apart(classifier.eval()), encoding, T=max(4, T + 2))
         Tracer(classifier, encoding=encoding, uint8=True).program(3)
     except ValueError as error:
         return str(error)
     return None
 
 
+def _told_apart(classifier: Classifier) -> Classifier:
+    """BN layers scaled differently, as after a training: one for each step would compute the same until then."""
+    for norm in classifier.modules():
+        if isinstance(norm, _BatchNorm) and norm.affine:
+            norm.weight.data *= torch.rand_like(norm.weight) + 0.5
+    return classifier
+
+
 if __name__ == "__main__":
     file = Path(sys.argv[1])
-    settings, encoding, sys.argv = json.loads(file.read_text())  # the user's module may read the command's words
-    file.write_text(json.dumps(_answer(NetworkConfig(**settings), encoding)))
+    settings, encoding, T, sys.argv = json.loads(file.read_text())  # the user's module may read the command's words
+    file.write_text(json.dumps(_answer(NetworkConfig(**settings), encoding, T)))

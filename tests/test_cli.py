@@ -342,6 +342,16 @@ class TestCommands:
         assert result.exit_code == 0, result.output
         assert json.loads(Path("out.json").read_text())["num_samples"] == 20
 
+    def test_a_result_of_other_images_is_told_before_it_is_replaced(self, workplace: Path) -> None:
+        said = "out.json, the result of 20 images of digits, will be replaced; another --json keeps both"
+        for limit, told in (("20", False), ("20", False), ("10", True)):
+            result = run("sweep", "--T", "1", "--limit", limit, "--json", "out.json")
+            assert result.exit_code == 0, result.output
+            assert (said in result.output) is told
+        for junk in ("not json", "[]", "{}", '{"data": "digits", "num_samples": "many"}'):
+            Path("out.json").write_text(junk)
+            assert "will be replaced" not in run("sweep", "--T", "1", "--limit", "10", "--json", "out.json").output
+
     @pytest.mark.parametrize(("columns", "width"), [("60", 60), ("100", 100), ("0", 120), ("", 120)])
     def test_piped_tables_are_as_wide_as_COLUMNS(self, columns: str, width: int, workplace: Path) -> None:
         environment = os.environ | {"COLUMNS": columns, "PYTHONIOENCODING": "utf-8"}  # in ASCII λ has six letters
@@ -490,7 +500,7 @@ class TestCommands:
 
         run_process = subprocess.run
         monkeypatch.setattr(subprocess, "run", run_other)
-        assert preflight.why_not(NetworkConfig("mine:net", 10, 1, (8, 8)), "direct") is None
+        assert preflight.why_not(NetworkConfig("mine:net", 10, 1, (8, 8)), "direct", 4) is None
 
     def test_neurons_that_are_called_as_functions_are_seen(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -506,13 +516,39 @@ class TestCommands:
             "    return Net(64, num_classes)\n"
         )
         monkeypatch.syspath_prepend(str(tmp_path))
-        assert preflight._answer(NetworkConfig("function_net:net", 10, 1, (8, 8)), "direct") is None
+        assert preflight._answer(NetworkConfig("function_net:net", 10, 1, (8, 8)), "direct", 4) is None
+
+    @pytest.mark.parametrize(
+        ("layer", "said"), [("t", "the network fails at T=6 on"), ("min(t, 3)", "mixes time outside its neurons")]
+    )
+    def test_a_bn_for_each_step_is_seen(
+        self, layer: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name = f"bn_net_{len(layer)}"
+        (tmp_path / f"{name}.py").write_text(
+            "import torch\n"
+            "from torch import nn\n"
+            "from tetdeploy.neurons import LIF\n"
+            "class Net(nn.Module):\n"
+            "    def __init__(self, num_classes):\n"
+            "        super().__init__()\n"
+            "        self.bns = nn.ModuleList(nn.BatchNorm1d(64) for _ in range(4))\n"
+            "        self.lif, self.readout = LIF(), nn.Linear(64, num_classes)\n"
+            "    def forward(self, x, T):\n"
+            f"        current = [self.bns[{layer}](x.flatten(1)) for t in range(T)]\n"
+            "        return self.readout(self.lif(torch.stack(current)))\n"
+            "def net(num_classes, in_channels, image_size):\n"
+            "    return Net(num_classes)\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        answer = preflight._answer(NetworkConfig(f"{name}:net", 10, 1, (8, 8)), "direct", 4)
+        assert answer is not None and said in answer
 
     def test_a_network_that_cannot_be_traced_is_seen(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         branching = "frames.flatten(2) * (2 if frames.mean() > -1e9 else 1)"  # as it is for all noise
         (tmp_path / "branch_net.py").write_text(FRAMES_NET.replace("frames.flatten(2)", branching))
         monkeypatch.syspath_prepend(str(tmp_path))
-        said = preflight._answer(NetworkConfig("branch_net:net", 10, 1, (8, 8)), "frames")
+        said = preflight._answer(NetworkConfig("branch_net:net", 10, 1, (8, 8)), "frames", 4)
         assert said is not None and "cannot trace the network: its forward makes a Python number of" in said
 
     def test_weights_of_half_precision_are_not_trained(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -464,6 +464,11 @@ def test_npz_gives_grey_images_a_channel_and_classes_numbers(tmp_path: Path) -> 
         ({"labels": np.zeros(2)}, r"labels are float64 \[2\]; wanted integers \[N\]"),
         ({"labels": np.zeros((2, 1), int)}, r"labels are int64 \[2, 1\]; wanted integers.*give labels.ravel\(\)"),
         ({"labels": np.eye(2)}, r"labels are float64 \[2, 2\]; wanted integers.*give labels.argmax\(1\)"),
+        (
+            {"labels": np.ones((2, 2), int)},
+            r"labels are int64 \[2, 2\]; wanted integers.*some rows have none or several",
+        ),
+        ({"labels": np.array([0.5, 1])}, r"labels are float64 \[2\]; wanted integers.*there is no regression"),
         ({"labels": np.array(["b", "a"])}, r"labels are <U1 \[2\]; wanted integers.*np.unique"),
         ({"labels": np.array([0, 2**64 - 1], np.uint64)}, "the highest label is 18446744073709551615"),
         ({"labels": np.zeros(3, int)}, "2 images but 3 labels"),

@@ -33,8 +33,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import tetdeploy
 from tetdeploy.checkpoint import load_weights, read_metadata
-from tetdeploy.data import ImageSet, load_data, split_validation
+from tetdeploy.data import FrameSet, ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.neurons import LIF
 from tetdeploy.storage.form import json_text
 from tetdeploy.storage.run_folder import newest_run
 from tetdeploy.storage.tensor_file import read_content
@@ -46,7 +47,7 @@ from tetdeploy.train.optimizer import build_optimizer, load_optimizer_tensors, o
 from tetdeploy.train.progress import Progress
 from tetdeploy.train.runs import mark_latest, new_run_folder, only_trainer
 from tetdeploy.train.schedule import derive_seed, learning_rate
-from tetdeploy.train.session import check_data
+from tetdeploy.train.session import check_data, remarks
 from tetdeploy.train.state import Best
 
 
@@ -685,6 +686,37 @@ def test_a_run_too_short_for_the_statistics_of_bn_is_told_so(
         ("own", toy(), single),  # BN may run at each time step there
     ):
         assert "running statistics" not in said(name, classifier, **changes), name
+
+
+def test_layers_that_never_fire_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Deaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.lif, self.readout = nn.Linear(16, 8), LIF(v_th=100.0), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, T: int) -> Tensor:
+            logits: Tensor = self.readout(self.lif(self.hidden(x.flatten(1)).expand(T, -1, -1)))
+            return logits
+
+    run(tmp_path / "deaf", wrap(Deaf()), config=settings(epochs=20), progress=None)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no neuron of lif fired on 31 ")]
+    assert ["after epoch 2;" in said[0], "after epoch 20;" in said[1]] == [True, True]
+    run(tmp_path / "toy", progress=None)
+    assert "no neuron" not in capsys.readouterr().out
+
+
+def test_frames_that_are_not_read_and_classes_without_an_image_are_said() -> None:
+    frames, names = np.ones((3, 5, 1, 4, 4), np.uint8), ("0", "1", "2")
+    data = FrameSet("own.npz", "train", frames, np.array([1, 2, 1]), names, (0.0,), (1.0,))
+    unread, missing = remarks(data, settings(T=2))
+    assert unread == "own.npz has 5 frames a recording, of which T=2 reads the first 2; --T 5 reads all"
+    assert missing == "own.npz has no training image of 1 of 3 classes: 0; labels are counted from 0"
+    assert remarks(data.select([0]), settings(T=5))[0].endswith("of 2 of 3 classes: 0, 2; labels are counted from 0")
+    assert remarks(TRAIN, settings()) == []
+    black = replace(TRAIN, images=TRAIN.images // 255)
+    assert remarks(black, settings()) == [
+        f"no pixel of {TRAIN.name} is above 1, of 255: were they from 0 to 1? give (255 * x).round()"
+    ]
 
 
 def test_which_of_two_epochs_is_better() -> None:

@@ -27,7 +27,8 @@ def check_classes(
         (f"; label {k} means {other} to it, and {own} to {model}" for k, (other, own) in pairs if other != own), ""
     )
     own, others = (
-        f"{len(n)} classes ({', '.join(map(str, n[:3]))}{', ...' * (len(n) > 3)})" for n in (own_names, names)
+        f"{len(n)} class{'es' * (len(n) != 1)} ({', '.join(map(str, n[:3]))}{', ...' * (len(n) > 3)})"
+        for n in (own_names, names)
     )
     raise ValueError(
         f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}{first}"

@@ -7,10 +7,11 @@ bit for bit the same weights on a CPU.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from tetdeploy.storage.metrics import metrics_line, read_metrics, write_metrics
 from tetdeploy.storage.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME, without_latest
 from tetdeploy.system.memory import reused_memory
 from tetdeploy.system.signals import deferred_interrupt
-from tetdeploy.wording import shorten
+from tetdeploy.wording import counted, shorten
 
 from .averaging import kept_classifier, lagging_bn, update_average
 from .board import check_board, goes_on, tensorboard
@@ -63,9 +64,9 @@ from .runs import (
     write_run_config,
 )
 from .schedule import derive_seed
-from .session import Session, Task, check_data, check_sets, check_together, headline, prepare, provenance
+from .session import Session, Task, check_data, check_sets, check_together, headline, prepare, provenance, remarks
 from .state import Best, TrainState, is_finished, restore_state, save_state
-from .validation import Loss, count_correct, measure
+from .validation import Loss, count_correct, measure, noting_silence
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def train(
             if before_writing is not None:
                 before_writing()
             state = _begin(session, restart, resume=resume, runs=runs)
-            finished = _run(session, state, progress, board)
+            finished = _run(session, state, progress, board, remarks=remarks(train_set, config))
     classifier.eval()
     return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
 
@@ -325,7 +326,7 @@ def _save_shards(session: Session, state: TrainState) -> None:
         write_restart(session, state, session.how.shard_bytes)
 
 
-def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:
+def _run(session: Session, state: TrainState, show: bool | None, board: bool, *, remarks: Sequence[str]) -> bool:
     """Train to the end and return True, or to a Ctrl-C and return False with the state saved."""
     config, steps = session.config, session.steps_per_epoch
     lines = [metrics_line(record) for record in read_metrics(session.out, epochs=state.epoch)]
@@ -345,8 +346,8 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
         bar,
     ):
         bar.say(headline(session))
-        if done == 0 and (lagging := lagging_bn(session)):
-            bar.say(lagging)
+        for line in filter(None, [*remarks, lagging_bn(session)] if done == 0 else []):
+            bar.say(line)
         if state.precision not in ("", session.precision):
             bar.say(f"computed in {state.precision} until now, which `precision auto` does not choose on this device")
         state.precision = session.precision
@@ -357,25 +358,49 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
                 _save(session, state)
                 session.ranks.any(False)  # a rank that ends before the first has saved would have it killed by torchrun
                 return False
-            kept, record = finished
+            kept, record, silent = finished
             lines.append(metrics_line(record))  # each once: to make all of them anew takes longer with every epoch
             _keep(session, state, kept, record, lines)
             bar.epoch(record)
             draw(record)
+            if silent:
+                bar.say(_said_of_silence(session, silent, state.epoch))
     return True
 
 
-def _finish_epoch(session: Session, state: TrainState, interrupt: Event) -> tuple[Classifier, dict[str, Any]] | None:
-    """Validate a trained epoch: the classifier to keep and the line of metrics.jsonl, or None after a Ctrl-C."""
+def _silent(session: Session, state: TrainState, kept: Classifier) -> AbstractContextManager[list[str]]:
+    """The layers of which no neuron fires in a validation, see `noting_silence`: of a network of one's own, after a
+    tenth of the epochs and at the end. None where a process sees a part of the images, or with --qat."""
+    epochs, network = session.config.epochs, session.classifier.config
+    asked = state.epoch + 1 in (math.ceil(epochs / 10), epochs) and network.is_own and not network.ann
+    return (
+        noting_silence(kept) if asked and session.ranks.size == 1 and session.calibration is None else nullcontext([])
+    )
+
+
+def _said_of_silence(session: Session, layers: Sequence[str], epochs: int) -> str:
+    """Such a layer learns nothing where no membrane comes within gamma of the threshold: the gradient is 0 there."""
+    return (
+        f"no neuron of {shorten(layers)} fired on {counted(session.held_out, 'held-out image')} after epoch {epochs}; "
+        "if it stays so: a larger gamma or a lower v_th, or BN in front of these neurons"
+    )
+
+
+def _finish_epoch(
+    session: Session, state: TrainState, interrupt: Event
+) -> tuple[Classifier, dict[str, Any], list[str]] | None:
+    """Validate a trained epoch: the classifier to keep, the line of metrics.jsonl and the `_silent` layers; or None
+    after a Ctrl-C."""
     stage = session.config.stage(state.epoch)
     loss, accuracy = _running_means(session, state)
     start = time.perf_counter()
     kept = kept_classifier(session, state)
-    val = _validate(session, state, kept, interrupt)
+    with _silent(session, state, kept) as silent:
+        val = _validate(session, state, kept, interrupt)
     if session.ranks.any(interrupt.is_set()):
         return None
     _check_finite(session, state, val["val_loss"])
-    return kept, {
+    metrics = {
         "epoch": state.epoch + 1,
         "stage": stage.number,
         "T": stage.T,
@@ -387,6 +412,7 @@ def _finish_epoch(session: Session, state: TrainState, interrupt: Event) -> tupl
         "images_per_s": round(_speed(session, state), 1),
         "seconds": round(state.seconds + time.perf_counter() - start, 3),
     }
+    return kept, metrics, silent
 
 
 def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: Event) -> bool:

@@ -18,7 +18,7 @@ from tetdeploy.names import has_regulariser, is_npz
 from tetdeploy.networks import Classifier
 from tetdeploy.storage.provenance import written
 from tetdeploy.traced_network import Runnable
-from tetdeploy.wording import counted
+from tetdeploy.wording import counted, shorten
 
 from .augment import RESIZED_CROP
 from .config import How, TrainConfig
@@ -210,6 +210,25 @@ def _check_frames(data: LabelledSet, config: TrainConfig) -> None:
             f"{data.name} holds frames, and a teacher without time learns from whole recordings: for distill choose an "
             "event set"
         )
+
+
+def remarks(data: LabelledSet, config: TrainConfig) -> list[str]:
+    """What to say of the training data before a run: frames that no T reads, images that are all but black, and classes
+    without an image."""
+    lines = []
+    if data.encoding == "direct" and isinstance(data.x, np.ndarray) and data.x.max() <= 1:
+        lines.append(f"no pixel of {data.name} is above 1, of 255: were they from 0 to 1? give (255 * x).round()")
+    if data.encoding == "frames" and data.x.shape[1] > config.longest_T:
+        lines.append(
+            f"{data.name} has {data.x.shape[1]} frames a recording, of which T={config.longest_T} reads the first "
+            f"{config.longest_T}; --T {data.x.shape[1]} reads all"
+        )
+    counts = np.bincount(data.labels, minlength=len(data.class_names))
+    if missing := [name for name, count in zip(data.class_names, counts, strict=True) if not count]:
+        from_0 = "; labels are counted from 0" if is_npz(data.name) else ""
+        few = f"{len(missing)} of {len(counts)} classes: {shorten(missing)}"
+        lines.append(f"{data.name} has no training image of {few}{from_0}")
+    return lines
 
 
 def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int | None, how: How) -> Session:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tetdeploy.arguments import check_count, check_type
 from tetdeploy.networks import Classifier, run_network
+from tetdeploy.neurons import LIF
 from tetdeploy.traced_network import Runnable
 
 from .device import autocast
@@ -100,6 +101,29 @@ def classes_by_step(classifier: Runnable, batches: Iterable[Tensor], *, T: int, 
         # the largest of the sum is that of the mean
         classes = [run_network(classifier, x, T).float().cumsum(0).argmax(-1) for x in batches]
         return torch.cat(classes, 1).cpu()
+
+
+@contextmanager
+def noting_silence(classifier: Classifier) -> Iterator[list[str]]:
+    """Within it, the classifier runs; afterwards the list names its LIF modules (IF is one) of which no neuron fired.
+    One that did not run is not among them."""
+    fired: dict[str, bool] = {}
+    silent: list[str] = []
+
+    def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def note(module: nn.Module, given: object, spikes: Tensor) -> None:
+            fired[name] = fired.get(name, False) or bool(spikes.any())
+
+        return note
+
+    modules = classifier.network.named_modules()
+    hooks = [module.register_forward_hook(hook(name)) for name, module in modules if isinstance(module, LIF)]
+    try:
+        yield silent
+    finally:
+        for handle in hooks:
+            handle.remove()
+    silent += [name for name, some in fired.items() if not some]
 
 
 @contextmanager

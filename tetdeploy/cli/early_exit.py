@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.errors import Recorded
-from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint
+from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint, note_replaced
 from tetdeploy.cli.options import (
     AT_LEAST_1,
     STEPS,
@@ -75,6 +75,7 @@ def early_exit(
         )
     json_path = output_path(json_path, engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
+    note_replaced(json_path, name, len(x))
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
         result = measure(engine, x, labels, rule.exit, T, data=name, batch_size=batch_size, tick=tick)
     result["early_exit"]["confident"] = rule.confident

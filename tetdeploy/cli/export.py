@@ -345,7 +345,7 @@ def _print_parity(what: str, parity: Parity) -> None:
 def _print_silent(silent: list[str], num_images: int) -> None:
     console.print(
         f"no neuron of {shorten(silent)} fired on the {num_images:,} checked images: what reads them was compared at "
-        "0 only; train longer, or check more images with --check",
+        "0 only; train longer, or with a larger gamma or a lower v_th, or check more images with --check",
         style="yellow",
     )
 

@@ -11,6 +11,7 @@ import click
 from tetdeploy.class_names import check_classes
 from tetdeploy.cli.terminal import command_line, console
 from tetdeploy.names import is_npz, is_own_model
+from tetdeploy.storage.form import parse_json
 from tetdeploy.storage.provenance import own_data, own_fraction, said_of_data
 from tetdeploy.storage.run_folder import other_checkpoint
 
@@ -53,6 +54,18 @@ def note_own_file(name: str) -> None:
         f"{name} is one set with no test part: these images were trained on; give others with --data TEST.npz",
         style="yellow",
     )
+
+
+def note_replaced(path: Path, data: str, num_samples: int) -> None:
+    """Say so if a result of other images, or of another number of them, lies where this one will."""
+    try:
+        held = parse_json(path.read_bytes())
+        if (held["data"], held["num_samples"]) == (data, num_samples):
+            return
+        other = f"{held['num_samples']:,} images of {held['data']}"
+    except (OSError, ValueError, KeyError, TypeError):  # nothing is there, or no result
+        return
+    console.print(f"{path}, the result of {other}, will be replaced; another --json keeps both", style="yellow")
 
 
 def note_other_checkpoint(engine: Engine) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tetdeploy.cli.errors import Recorded
-from tetdeploy.cli.inputs import default_steps, load_inputs, note_other_checkpoint
+from tetdeploy.cli.inputs import default_steps, load_inputs, note_other_checkpoint, note_replaced
 from tetdeploy.cli.options import (
     AT_LEAST_1,
     ChosenModel,
@@ -115,6 +115,7 @@ def sweep(
     own = ac_pj is not None or mac_pj is not None
     constants = energy_constants(engine.precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None
     name, x, labels = load_inputs(engine, data, data_dir, limit)
+    note_replaced(json_path, name, len(x))
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
         result = measure(engine, x, labels, wanted, data=name, batch_size=batch_size, constants=constants, tick=tick)
     written = save_sweep(result, engine, json_path, picture)  # before a line is printed: `| head` may end that

@@ -104,7 +104,7 @@ Examples:
 )
 @click.option("--width", default=1.0, show_default=True, help="Factor on every channel count.")
 @click.option("--tau", default=0.5, show_default=True, help="Leak factor per step (Eq. 1).")
-@click.option("--v-th", default=1.0, show_default=True, help="Firing threshold (Eq. 2).")
+@click.option("--v-th", default=1.0, show_default=True, help="Firing threshold (Eq. 2); raise --gamma with it.")
 @click.option("--gamma", default=1.0, show_default=True, help="Half-width of the surrogate triangle (Eq. 5).")
 @click.option("--ann", is_flag=True, help="Train the ANN twin, with ReLU for neurons; T is 1.")
 @click.option(
@@ -369,7 +369,7 @@ class _Job:
         pick_device(self.config.device)  # what is not there is refused at once
         with progress_bar() as bar:
             bar.add_task(f"can {config.model} be exported?", total=None)
-            reason = why_not(config, self.train.encoding)
+            reason = why_not(config, self.train.encoding, self.config.T)
         if reason is None or lacks_memory(ValueError(reason)):
             return self
         text = f"{config.model}: this network cannot be exported: {reason}"

@@ -210,10 +210,15 @@ def refuse_channels_last(shape: tuple[int, ...], got: str, wanted: str) -> None:
 def usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
     got = f"{path}: labels are {labels.dtype} {list(labels.shape)}; wanted integers [N], one class number an image"
     if labels.ndim == 2:
-        how = "labels.ravel()" if 1 in labels.shape else "labels.argmax(1), if they have a column for each class"
-        raise ValueError(f"{got}: give {how}")
+        if 1 in labels.shape:
+            raise ValueError(f"{got}: give labels.ravel()")
+        if ((labels != 0).sum(1) == 1).all():  # one-hot
+            raise ValueError(f"{got}: give labels.argmax(1)")
+        raise ValueError(f"{got}; some rows have none or several, which no command trains")
     if labels.dtype.kind in "US":
         raise ValueError(f"{got}: np.unique(labels, return_inverse=True) gives the names, sorted, and the numbers")
+    if labels.dtype.kind == "f" and (labels != np.round(labels)).any():
+        raise ValueError(f"{got}; these are no class numbers, and there is no regression")
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
         raise ValueError(f"{got}: cast them with labels.astype('int64')")
     if labels.size and (highest := int(labels.max())) > np.iinfo(np.int64).max:
