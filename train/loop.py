@@ -64,7 +64,7 @@ from .runs import (
     write_run_config,
 )
 from .schedule import derive_seed
-from .session import Session, Task, check_data, check_sets, check_together, headline, prepare, provenance, remarks
+from .session import Session, Task, check_data, check_sets, check_together, headline, prepare, provenance
 from .state import Best, TrainState, is_finished, restore_state, save_state
 from .validation import Loss, count_correct, measure, noting_silence
 
@@ -188,7 +188,7 @@ def train(
             if before_writing is not None:
                 before_writing()
             state = _begin(session, restart, resume=resume, runs=runs)
-            finished = _run(session, state, progress, board, remarks=remarks(train_set, config))
+            finished = _run(session, state, progress, board)
     classifier.eval()
     return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
 
@@ -326,7 +326,7 @@ def _save_shards(session: Session, state: TrainState) -> None:
         write_restart(session, state, session.how.shard_bytes)
 
 
-def _run(session: Session, state: TrainState, show: bool | None, board: bool, *, remarks: Sequence[str]) -> bool:
+def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:
     """Train to the end and return True, or to a Ctrl-C and return False with the state saved."""
     config, steps = session.config, session.steps_per_epoch
     lines = [metrics_line(record) for record in read_metrics(session.out, epochs=state.epoch)]
@@ -346,7 +346,7 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool, *,
         bar,
     ):
         bar.say(headline(session))
-        for line in filter(None, [*remarks, lagging_bn(session)] if done == 0 else []):
+        for line in filter(None, [*session.remarks, lagging_bn(session)] if done == 0 else []):
             bar.say(line)
         if state.precision not in ("", session.precision):
             bar.say(f"computed in {state.precision} until now, which `precision auto` does not choose on this device")

@@ -71,6 +71,7 @@ class Session:
     graphs: StepGraphs | None  # that replay forward and backward
     settings: dict[str, Any]  # as in config.json
     how: How
+    remarks: list[str]  # on the data, to be said before the first step
 
     @property
     def batch_size(self) -> int:
@@ -273,6 +274,7 @@ def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int 
         graphs=StepGraphs(classifier) if how.cuda_graphs else None,
         settings=settings,
         how=how,
+        remarks=remarks(task.train_set, config),
     )
 
 
