@@ -111,7 +111,7 @@ class Sessions:
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        # For as long as the next call is likely; else threads would take the cores of others for some 50 ms after each.
+        # That threads wait for the next call before they sleep; by default they take a core each for some 50 ms.
         options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
         if fused:
             native.use(ort, options)
