@@ -23,6 +23,7 @@ import pytest
 import torch
 from export_helpers import digits, engine, exported, frames, unchecked
 from onnx import TensorProto, helper
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 from torch import Tensor, nn
 
 from tetdeploy.early_exit import Exit, certainty
@@ -327,6 +328,16 @@ def test_counters_of_layers_that_the_metadata_do_not_name(tmp_path: Path) -> Non
         damaged.overlaid(damaged.counting_overlay)
 
 
+def test_counters_of_a_graph_that_was_optimised(tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "m.onnx"), 3
+    onnxruntime.InferenceSession(exported("dynamic"), options, providers=["CPUExecutionProvider"])
+    optimised = Engine(tmp_path / "m.onnx")
+    np.testing.assert_array_equal(optimised.run(images(2)).logits, engine("dynamic").run(images(2)).logits)
+    with pytest.raises(ValueError, match=r"m\.onnx answers, but its spikes cannot be counted: the graph lacks what"):
+        optimised.count(images(2))
+
+
 @pytest.mark.parametrize("overlay", ["", "x"])
 def test_counters_that_are_lost(overlay: str) -> None:
     damaged = Engine(engine("dynamic").path)
@@ -426,6 +437,46 @@ def test_refused_models(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} cannot be loaded: not an ONNX model, or a damaged one"):
             Engine(tmp_path / name)
+
+
+def test_weights_in_another_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both runtimes would take them from the working directory, whatever model they belong to."""
+    onnx.save(onnx.load(exported("dynamic")), tmp_path / "m.onnx", save_as_external_data=True, location="w")
+    monkeypatch.chdir(tmp_path)
+    for runtime in ("onnxruntime", "openvino"):
+        with pytest.raises(ValueError, match=r"^m\.onnx keeps weights in another file \(external data\), as no export"):
+            Engine("m.onnx", runtime=runtime)
+    onnx.save(onnx.load("m.onnx"), "joined.onnx")  # what the message says
+    assert Engine("joined.onnx").run(images(2), 2).logits.shape == (2, 10)
+
+
+def test_bytes_are_refused_in_a_line() -> None:
+    """ONNX Runtime takes the bytes of a model, too: the message does not repeat them."""
+    model = exported("dynamic").read_bytes()
+    message = rf"^model must be the path of an \.onnx file, got {len(model):,} bytes; write them to a file$"
+    for given in (model, bytearray(model), memoryview(model)):
+        with pytest.raises(ValueError, match=message):
+            Engine(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("read", [Engine, inspect])
+def test_a_pointer_of_git_lfs(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"m\.onnx is a pointer of Git LFS in place of the model; fetch that with:"):
+        read(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_graph_whose_batch_was_fixed_runs_image_by_image(layout: str, runtime: str, tmp_path: Path) -> None:
+    free = engine(layout, **({"T": 3} if layout == "unrolled" else {}))
+    model = onnx.load(free.path)
+    make_dim_param_fixed(model.graph, "batch", 1)
+    onnx.save(model, tmp_path / "m.onnx")
+    fixed = Engine(tmp_path / "m.onnx", runtime=runtime)
+    assert (fixed.max_batch, free.max_batch) == (1, None)
+    np.testing.assert_allclose(fixed.run(images(3), 3).logits, free.run(images(3), 3).logits, atol=1e-5)
+    assert set(fixed.count(images(3), 3)[1]) == set(free.count(images(3), 3)[1])
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])

@@ -234,6 +234,13 @@ PARENT = {"path": "runs/old", "checkpoint_sha256": "abcd"}
 class TestTables:
     """Made-up descriptions: every number is where its label says."""
 
+    def test_of_what_a_model_that_does_not_normalise_takes(self) -> None:
+        data = {"mean": [0.5, 0.25], "std": [1, 2]}
+        model = MODEL | {"source": MODEL["source"] | {"data": data}}
+        facts, *_ = map(rows, inspection_tables(model))
+        asked = "the input is (pixel / 255 - mean) / std of each channel, mean 0.5, 0.25, std 1, 2"
+        assert ("input", f"[1, 8, 8] uint8; normalised no: {asked}") in facts
+
     def test_of_a_model(self) -> None:
         facts, ports, layers, neurons = map(rows, inspection_tables(MODEL))
         assert facts == [

@@ -54,6 +54,15 @@ def test_a_checkout_names_its_commit(git: Callable[..., str]) -> None:
     assert provenance.written()["versions"]["tetdeploy"] == version()
 
 
+def test_the_time_of_a_reproducible_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert provenance.written()["created"] == "2023-11-14T22:13:20+00:00"
+    for wrong in ("", "yesterday", "1" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with pytest.raises(ValueError, match=r"^SOURCE_DATE_EPOCH must be seconds since 1970, got"):
+            provenance.written()
+
+
 def test_a_hook_of_another_repository_and_the_index_are_left_alone(
     git: Callable[..., str], package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

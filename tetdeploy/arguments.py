@@ -62,6 +62,8 @@ def check_unmasked(name: str, value: Any) -> None:
 
 def check_path(name: str, value: Any, what: str) -> None:
     """Refuse what is no path; `what` says of what it must be one."""
+    if isinstance(value, bytes | bytearray | memoryview):  # of a model some MB, which no message should repeat
+        raise ValueError(f"{name} must be the path of {what}, got {len(value):,} bytes; write them to a file")
     if not isinstance(value, str | PathLike):
         raise ValueError(f"{name} must be the path of {what}, got {value!r}")
 

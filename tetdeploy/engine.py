@@ -112,7 +112,11 @@ class Engine:
         self.sha256 = self._sessions.sha256
         self._session, metadata = self._sessions.first()
         self._take(metadata)
-        check_outputs(self._session.get_outputs(), metadata, self.path)
+        outputs = self._session.get_outputs()
+        check_outputs(outputs, metadata, self.path)
+        batch = next(output.shape[0] for output in outputs if output.name == "per_step")
+        if isinstance(batch, int):  # free in every export, and fixed afterwards for runtimes that know no free axis
+            self.min_batch = self.max_batch = batch
         fused = self._sessions.first_native(native)
         self.native = fused is not None
         self.states_last = fused.states_last if fused is not None else frozenset()
@@ -402,7 +406,7 @@ class Engine:
             return N
         largest: int = max(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
         steps = (self.T or T) + (2 if self.with_state else 0)  # membranes that go in and out take as much as a step
-        return min(N, max(1, IN_CACHE // (largest * steps)))
+        return min(N, self.max_batch or N, max(1, IN_CACHE // (largest * steps)))
 
     def _chunks(self, x: Array, T: int) -> list[Array | None]:
         """The input of each call of a graph with state; None is the same image again."""

@@ -75,7 +75,7 @@ def _stand(position: Mapping[str, Any]) -> str:
 
 def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
     steps = f"T={found['T']}" if found["T"] is not None else "T free"
-    normalised = "inside the graph" if found["normalization"] else "no: the input is normalised already"
+    normalised = "inside the graph" if found["normalization"] else f"no: {_expected(found['source'].get('data') or {})}"
     return (
         _file_facts(found)
         | {
@@ -92,6 +92,14 @@ def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
         }
         | _origin_facts(found["source"])
     )
+
+
+def _expected(data: Mapping[str, Any]) -> str:
+    """What a graph that does not normalise takes."""
+    if not (data.get("mean") and data.get("std")):
+        return "the input is normalised already"
+    mean, std = (", ".join(f"{value:g}" for value in data[name]) for name in ("mean", "std"))
+    return f"the input is (pixel / 255 - mean) / std of each channel, mean {mean}, std {std}"
 
 
 def _foreign_facts(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tetdeploy.storage.model_file import (
 )
 from tetdeploy.system.extras import import_extra
 from tetdeploy.system.machine import default_threads
+from tetdeploy.wording import first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # packages, each with the extra that brings it
@@ -94,10 +95,21 @@ class Sessions:
         return self._start_native(self._model, wanted=bool(wanted))
 
     def overlaid(self, overlay: bytes, *, native: bool) -> Any:
-        """A session of what `overlay` makes of the graph, if `native` with native operators where there are such."""
+        """A session of what `overlay` makes of the graph, if `native` with native operators where there are such.
+
+        Raises:
+            ValueError: the graph lacks what the overlay reads.
+        """
         model = self._model + overlay
         fused = self._start_native(model, wanted=False) if native else None
-        return self.bind(fused or self._start(model))
+        try:
+            return self.bind(fused or self._start(model))
+        except ValueError as error:  # though the graph itself could be opened
+            reason = first_line(error.__cause__ or error)
+            raise ValueError(
+                f"{self._path} answers, but its spikes cannot be counted: the graph lacks what an export counts, as "
+                f"after an optimiser that merges layers; count those of the exported file ({reason})"
+            ) from error
 
     def bind(self, session: Any) -> Any:
         """On a GPU, the session whose state outputs stay there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tetdeploy.wording import first_line, quoted
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
+_EXTERNAL = b"\n\x08location\x12"  # the key of a tensor's external data, as protocol buffers write it
+_POINTER = b"version https://git-lfs"
 _TENSOR = {"input!": str, "output!": str, "shape!": [STEP]}
 _METADATA = {
     "layout!": str,
@@ -53,7 +56,7 @@ def read_model(path: Path) -> bytes:
     """The bytes of an exported model.
 
     Raises:
-        ValueError: it is a folder, a TensorRT engine, or a checkpoint.
+        ValueError: it is a folder, a TensorRT engine, a checkpoint, or keeps weights in another file.
         OSError: it is not there or cannot be read.
     """
     refuse_folder(path)
@@ -63,7 +66,13 @@ def read_model(path: Path) -> bytes:
         raise ValueError(f"{path} is a TensorRT engine; here the .onnx file it was built from is needed")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {quoted(path)}")
-    return path.read_bytes()
+    model = path.read_bytes()
+    if _EXTERNAL in model:  # which would be sought in the working directory, and which no SHA-256 of ours covers
+        raise ValueError(
+            f"{path} keeps weights in another file (external data), as no export of tetdeploy does: take the exported "
+            f"file, or make one of both with onnx.save(onnx.load({str(path)!r}), 'joined.onnx')"
+        )
+    return model
 
 
 def models_in(run: Path) -> list[Path]:
@@ -86,9 +95,12 @@ def refuse_folder(path: Path) -> None:
 
 def load_fault(path: Path, error: Exception, hint: str = "") -> ValueError | MemoryError:
     """What to raise where the file of a model cannot be loaded: a MemoryError where `error` says that memory does not
-    suffice, else a ValueError, which ends in `hint` and the first line of `error`."""
+    suffice, else a ValueError, which ends in `hint` and the first line of `error`, or says that Git LFS has it."""
     if "std::bad_alloc" in str(error):
         return MemoryError(f"{path} cannot be loaded: {first_line(error)}")
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return ValueError(f"{path} is a pointer of Git LFS in place of the model; fetch that with: git lfs pull")
     fault = "not an ONNX model, or a damaged one; export or copy it again"
     return ValueError(f"{path} cannot be loaded: {fault}{hint} ({first_line(error)})")
 

@@ -35,11 +35,26 @@ ORIGIN: dict[str, Any] = {
 
 
 def written(**packages: str) -> dict[str, Any]:
-    """Who writes a file, and when, as JSON: `versions` of tetdeploy, Python and `packages`, and `created`, in UTC."""
+    """Who writes a file, and when, as JSON: `versions` of tetdeploy, Python and `packages`, and `created`, in UTC.
+
+    Raises:
+        ValueError: the environment variable SOURCE_DATE_EPOCH, which stands for the time, is no such number.
+    """
     return {
         "versions": {"tetdeploy": version(), "python": platform.python_version(), **packages},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": _now().isoformat(timespec="seconds"),
     }
+
+
+def _now() -> datetime:
+    """The time, or the one of builds whose every byte is to come out the same (reproducible-builds.org)."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None:
+        return datetime.now(UTC)
+    try:
+        return datetime.fromtimestamp(int(epoch), UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError(f"SOURCE_DATE_EPOCH must be seconds since 1970, got {epoch!r}") from error
 
 
 @cache
