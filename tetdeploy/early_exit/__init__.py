@@ -154,7 +154,7 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> Rule:
     sha256 = sha256 or (sha256_of(graph) if said is None else said)
     path, again = exit_path(graph), f"run: tetdeploy calibrate {quoted(graph)}"
     if not path.is_file():
-        raise FileNotFoundError(f"no early-exit threshold at {path}; {again}, or copy it along")
+        raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
         check_form(content, _FORM)
