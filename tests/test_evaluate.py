@@ -410,3 +410,11 @@ def test_refusals(runs: Path, arguments: list[str], code: int, message: str, mon
     result = run(*arguments, "--json", "e.json")
     assert result.exit_code == code and message in result.output, result.output
     assert not Path("e.json").exists()
+
+
+def test_images_that_vary_far_less_than_those_of_the_training_are_told(runs: Path) -> None:
+    data = digits()
+    np.savez("raw.npz", images=data.images // 16, labels=data.labels)  # as scikit-learn has them: 0..15
+    said = "pixels of raw.npz go up to 15 and vary 17 times less than those of the training"
+    assert said in run("runs/snn", "--T", 1, "--data", "raw.npz").output.replace("\n", " ")
+    assert "vary" not in run("runs/snn", "--T", 1, "--limit", 20).output

@@ -33,7 +33,7 @@ from tetdeploy.data.image_files import centre_crop
 from tetdeploy.early_exit import softmax
 from tetdeploy.export.trained import check_images
 from tetdeploy.networks import Classifier, NetworkConfig
-from tetdeploy.train import TrainConfig, TrainResult, train
+from tetdeploy.train import TrainConfig, TrainResult, disk_images, train
 from tetdeploy.train.device_images import Batch, Draws
 from tetdeploy.train.disk_images import DiskImages, ImageReader, random_crop_flip, rank_cores
 from tetdeploy.train.schedule import derive_seed
@@ -310,6 +310,39 @@ def test_a_worker_that_dies_is_an_error(imagenet: Path) -> None:
         ):
             list(batches)
     assert not multiprocessing.active_children()
+
+
+def test_after_a_worker_died_none_is_left_to_be_waited_for(imagenet: Path) -> None:
+    with closing(ImageReader(2, CPU)) as reader:
+        images = DiskImages(files_of(imagenet), reader, augment=False)
+        list(images.in_order(1))
+        victim, other = multiprocessing.active_children()
+        assert victim.pid is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join()
+        with pytest.raises(ChildProcessError, match="a process that reads images ended"):  # between two passes, too
+            list(images.in_order(1))
+        other.join(10)  # as multiprocessing does at exit, without an end
+        assert not other.is_alive()
+
+
+def test_batches_that_do_not_fit_into_shared_memory_are_an_error(
+    imagenet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_images, "_Files", _NoRoom)
+    with closing(ImageReader(1, CPU)) as reader:
+        batches = DiskImages(files_of(imagenet), reader, augment=False).in_order(1)
+        with pytest.raises(ChildProcessError, match=r"unable to allocate shared memory.*/dev/shm ran out"):
+            list(batches)
+
+
+class _NoRoom(disk_images._Files):
+    def __getitems__(self, batch: Any) -> Any:
+        def full(tensor: Tensor) -> Tensor:
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device")
+
+        Tensor.share_memory_ = full  # type: ignore[method-assign]  # in the worker alone
+        return super().__getitems__(batch)
 
 
 # --- training

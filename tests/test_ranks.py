@@ -395,6 +395,15 @@ def test_only_what_a_lost_process_causes_is_said_to_be_that(said: str, lost: boo
     assert asked == ["gloo", "end"]
 
 
+def test_processes_that_cannot_reach_each_other(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "Gloo connectFullMesh failed with [pair.cc:144] no error\nC++ stack"
+    monkeypatch.setattr(torch.distributed, "init_process_group", Mock(side_effect=RuntimeError(said)))
+    match = r"cannot reach each other \(Gloo connectFullMesh failed with \[pair.cc:144\] no error\); start them again$"
+    with pytest.raises(ConnectionError, match=match), process_group():
+        pass
+    assert asked == []
+
+
 def test_what_torchrun_sends_after_a_loss_hides_it_not(asked: list[Any]) -> None:
     """It sees the same end, and this process is on its way out of the batch, or of the group."""
 

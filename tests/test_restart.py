@@ -694,3 +694,13 @@ def test_a_restarted_run_goes_on_with_the_shards_and_graphs_of_the_first(
     shutil.copy("r/checkpoint.safetensors", "alone.safetensors")
     command("--restart-from", "alone.safetensors", "--out", "alone")
     assert given == [*[How(cuda_graphs=True, shards_mb=1.0)] * 3, How(shards_mb=2.0), How()]
+
+
+def test_a_command_that_torchrun_starts_again_begins_no_second_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = CliRunner().invoke(main, ["train", "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "go on with --resume" in result.output
+    assert not (tmp_path / "run").exists()

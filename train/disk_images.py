@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tetdeploy.data.image_files import as_pixels, read_crop, read_image, refuse_unreadable
 from tetdeploy.system.extras import import_extra
@@ -70,7 +70,7 @@ class ImageReader:
         if self._loader is None:
             self._loader = self._started()
         self._requests.batches = requests
-        for batch in self._received(iter(self._loader)):
+        for batch in self._received(self._loader):
             if isinstance(batch, list):
                 refuse_unreadable(batch)
             else:
@@ -95,14 +95,19 @@ class ImageReader:
             generator=torch.Generator(),  # its own: the run's random numbers are no affair of a loader
         )
 
-    def _received(self, batches: Iterator[Batch | list[str]]) -> Iterator[Batch | list[str]]:
+    def _received(self, loader: DataLoader[Batch | list[str]]) -> Iterator[Batch | list[str]]:
         try:
-            yield from batches
+            yield from loader
         except (RuntimeError, EOFError, OSError) as error:  # the latter two where a batch was on its way
-            reason = str(error).partition("\n")[0] or "in the middle of a batch"  # PyTorch adds the worker's traceback
-            if self._workers == 0 or (isinstance(error, RuntimeError) and not reason.startswith(_LOST)):
+            lines = str(error).strip().splitlines() or ["in the middle of a batch"]
+            lost, full = lines[0].startswith(_LOST), "shared memory" in lines[-1]  # below the worker's traceback
+            if self._workers == 0 or (isinstance(error, RuntimeError) and not (lost or full)):
                 raise
+            reason = lines[0] if lost else lines[-1]
             self.close()
+            # Each of the others lets one SIGTERM pass, and Python, as it ends, sends one and waits for them.
+            for worker in getattr(loader._iterator, "_workers", ()):
+                worker.kill()
             raise ChildProcessError(
                 f"a process that reads images ended ({reason}); "
                 "if memory or /dev/shm ran out, go on with --resume and fewer --workers"
@@ -184,7 +189,13 @@ class _Files(Dataset["Batch | list[str]"]):
                 pixels.append(_cropped(wanted))
             except ValueError as error:
                 errors.append(str(error))
-        return errors or (torch.from_numpy(np.stack(pixels)), torch.tensor([wanted.label for wanted in batch]))
+        if errors:
+            return errors
+        x, labels = torch.from_numpy(np.stack(pixels)), torch.tensor([wanted.label for wanted in batch])
+        if get_worker_info() is None:
+            return x, labels
+        # Here, not in the thread of a queue: where /dev/shm is full, that loses a batch, and the run waits for ever.
+        return x.share_memory_(), labels.share_memory_()
 
 
 def _cropped(wanted: Wanted) -> NDArray[np.uint8]:

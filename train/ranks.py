@@ -23,6 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tetdeploy.system.signals import handled, terminations
+from tetdeploy.wording import first_line
 
 V = TypeVar("V")
 
@@ -122,7 +123,7 @@ def process_group() -> Iterator[Ranks]:
     Does nothing where `torchrun` started none, or one alone.
 
     Raises:
-        ConnectionError: another process of the group ended before its time.
+        ConnectionError: another process of the group cannot be reached, or ended before its time.
         ValueError: the environment speaks of several processes, but not as `torchrun` does.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
@@ -139,7 +140,12 @@ def process_group() -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
     # Imported while there is a group (an optimiser does), this module holds it in the defaults of its functions.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"the processes of this run cannot reach each other ({first_line(error)}); start them again"
+        ) from error
     before = sys.exception()
     try:
         yield current_ranks()

@@ -44,6 +44,7 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
     test = load_data(name, "test", data_dir=data_dir, T=engine.trained_T, trained=trained)
     warn_of_other_framing(test, trained, engine.path.name)
     check_classes(engine.path.name, engine.class_names, name, test.class_names)
+    note_other_scale(test, said_of_data(engine))
     test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
     return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
 
@@ -54,6 +55,24 @@ def note_own_file(name: str) -> None:
         f"{name} is one set with no test part: these images were trained on; give others with --data TEST.npz",
         style="yellow",
     )
+
+
+def note_other_scale(data: LabelledSet, known: Mapping[str, Any]) -> None:
+    """Say so if images in memory vary a quarter as much as those of the training, or less, as those do that were scaled
+    to 0..1 or 0..16 and not to 0..255.
+
+    Args:
+        known: what is said of the training's data.
+    """
+    from tetdeploy.data import ImageSet
+
+    trained = max(known.get("std") or [0.0])
+    if isinstance(data, ImageSet) and max(data.std) < trained / 4:
+        console.print(
+            f"pixels of {data.name} go up to {data.x.max()} and vary {trained / max(data.std):.0f} times less than "
+            "those of the training: are they scaled to 0..255?",
+            style="yellow",
+        )
 
 
 def note_replaced(path: Path, data: str, num_samples: int) -> None:
@@ -185,6 +204,7 @@ def load_part(
     if part == "test":
         test = load_data(name, "test", data_dir=data_dir, T=T, trained=trained)
         warn_of_other_framing(test, trained, "the network")
+        note_other_scale(test, known)
         return test
     train, val = load_parts(name, data_dir=data_dir, T=T, fraction=fraction, trained=trained)
     warn_of_other_framing(train, trained, "the network")

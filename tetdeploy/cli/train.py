@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -249,6 +250,7 @@ def train(
     default_by_network(ctx, options)
     with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
+            _refuse_started_again(ctx)
             begun = begin(ctx, options, out=out, seeds=_parse_seeds(seeds))
             job = _job(ctx, options, begun.data)
             if options["qat"] and begun.init is not None:
@@ -281,6 +283,15 @@ def train(
         also |= {"init": origin, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
         return out
+
+
+def _refuse_started_again(ctx: click.Context) -> None:
+    """Refuse to begin a second run beside the first where `torchrun --max-restarts` repeats the command."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and ctx.params["resume"] is None:
+        raise ValueError(
+            "torchrun --max-restarts has started this command again, which would begin another run: go on with "
+            "--resume (a command with --resume RUN may be started again)"
+        )
 
 
 def _check_json(json_path: Path | None, out: Path, seeds: Sequence[int], runs: Path) -> None:
