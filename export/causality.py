@@ -89,6 +89,12 @@ class _NamedNeurons(NeuronRecorder):
         return other.to(spikes, copy=True) if other.shape == spikes.shape else spikes
 
 
+def steps_to_check(trained_T: int, T: int = 0) -> int:
+    """At how many steps `check_steps` runs a network that is exported for T: at more than it was trained at, since what
+    holds one thing for each of those, such as a BN, fails only there."""
+    return max(4, T, trained_T + 2)
+
+
 def check_on_noise(classifier: Classifier, encoding: Encoding, *, T: int = 4) -> int:
     """`check_steps` of a classifier in inference for want of images: no value matters, only whether two ways of running
     the steps agree."""

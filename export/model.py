@@ -31,7 +31,7 @@ from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
 from tetdeploy.wording import first_line
 
-from .causality import check_reached, check_steps, float_types
+from .causality import check_reached, check_steps, float_types, steps_to_check
 from .config import GPU_TARGETS, ExportConfig
 from .description import describe, describe_check, serialised
 from .encoder import find_encoder, is_one_layer, split_encoder
@@ -120,7 +120,7 @@ def export_model(
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
-    num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
+    num_layers = check_steps(classifier, some, config.encoding, T=steps_to_check(config.trained_T, config.T))
     graph, expected, scales = build_graph(classifier, config, calibration=calibration, source=source, progress=progress)
     num_neurons = len(graph.description["neurons"])
     check_reached(num_layers, num_neurons)

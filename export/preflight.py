@@ -21,7 +21,7 @@ from tetdeploy.data import Encoding
 from tetdeploy.networks import Classifier, NetworkConfig, import_network
 from tetdeploy.tracing import Tracer
 
-from .causality import check_on_noise
+from .causality import check_on_noise, steps_to_check
 
 _SECONDS = 300
 
@@ -31,7 +31,7 @@ def why_not(config: NetworkConfig, encoding: Encoding, T: int) -> str | None:
     show nothing against it, or the process ended without an answer.
 
     Args:
-        T: steps of the training; the network is run at two more, as `export_onnx` will.
+        T: steps of the training; the network is run at more, see `steps_to_check`.
     """
     here = str(Path.cwd())  # which `import_network` adds; before the standard library's its files would be in the way
     paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path not in ("", here))
@@ -60,7 +60,7 @@ def _answer(config: NetworkConfig, encoding: Encoding, T: int) -> str | None:
     class_names = tuple(map(str, range(config.num_classes)))
     classifier = Classifier(network, config=config, mean=mean, std=std, class_names=class_names, encoding=encoding)
     try:
-        check_on_noise(_told_apart(classifier.eval()), encoding, T=max(4, T + 2))
+        check_on_noise(_told_apart(classifier.eval()), encoding, T=steps_to_check(T))
         Tracer(classifier, encoding=encoding, uint8=True).program(3)
     except ValueError as error:
         return str(error)
