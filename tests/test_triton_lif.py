@@ -301,3 +301,32 @@ def test_cpu_tensors_do_not_load_the_kernels_and_without_triton_that_is_said_onc
     loaded, said = done.stdout.splitlines()
     assert loaded == "False"
     assert "Triton is not installed: LIF neurons run on the GPU by plain PyTorch operations" in said
+
+
+WITHOUT_A_COMPILER = """
+import torch, triton, warnings
+from types import SimpleNamespace
+from tetdeploy import kernels
+
+class Driver:
+    @property
+    def utils(self):
+        raise RuntimeError("Failed to find C compiler.")
+
+triton.runtime.driver.set_active(Driver())
+on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert kernels.by_triton(on_gpu) is None and kernels.by_triton(on_gpu) is None
+(warning,) = caught
+print(warning.message)
+Driver.utils = None
+kernels._triton_launches.cache_clear()
+print(kernels.by_triton(on_gpu).__name__)
+"""
+
+
+def test_where_triton_cannot_build_its_launcher_plain_operations_run_and_that_is_said_once() -> None:
+    said, found = run_compiled(WITHOUT_A_COMPILER)
+    assert "Triton cannot launch kernels (Failed to find C compiler.): LIF neurons run on the GPU by plain" in said
+    assert "install a C compiler and Python's headers" in said and found == "tetdeploy.kernels.triton_lif"

@@ -12,6 +12,7 @@ that are fused.
 from __future__ import annotations
 
 import os
+import subprocess
 import warnings
 from functools import cache
 from typing import Protocol
@@ -19,7 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tetdeploy.wording import first_line
+
 _forked = False  # from a process with numba's kernels
+_PLAIN = "LIF neurons run on the GPU by plain PyTorch operations, with the same results but slower and with more memory"
 
 
 class LIFKernels(Protocol):
@@ -108,10 +112,11 @@ def for_bn_lif(x: Tensor) -> BNLIFKernels | None:
 
 
 def by_triton(x: Tensor) -> LIFKernels | None:
-    """Triton's, where they serve: float32 and half precision on a GPU, with Triton installed."""
+    """Triton's, where they serve: float32 and half precision on a GPU, with Triton installed and able to launch."""
     if not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    return triton_kernels()
+    compiled = triton_kernels()
+    return compiled if compiled is not None and _triton_launches() else None
 
 
 def by_numba(x: Tensor) -> LIFKernels | None:
@@ -136,12 +141,28 @@ def triton_kernels() -> LIFKernels | None:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
         warnings.warn(
-            "Triton is not installed: LIF neurons run on the GPU by plain PyTorch operations, with the same results "
-            "but slower and with more memory; pip install triton (on Windows: triton-windows)",
-            stacklevel=2,
+            f"Triton is not installed: {_PLAIN}; pip install triton (on Windows: triton-windows)", stacklevel=2
         )
         return None
     return triton_lif
+
+
+@cache
+def _triton_launches() -> bool:
+    """Before its first launch Triton builds what launches, in C; where it cannot, as in a slim container, that is said
+    once."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.utils  # noqa: B018 - builds it
+    except (RuntimeError, AssertionError, OSError, subprocess.CalledProcessError) as error:
+        warnings.warn(
+            f"Triton cannot launch kernels ({first_line(error)}): {_PLAIN}; install a C compiler and Python's headers "
+            "(on Debian and Ubuntu gcc and python3-dev)",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @cache
