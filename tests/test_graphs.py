@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -171,6 +173,28 @@ class BrokenRecording:
         raise RuntimeError("capture_end: the recording was invalidated")
 
 
+def recorded_nowhere(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any], Any]:
+    """`StepGraphs` without a GPU, up to a broken recording: the streams that are set, the states that generators get
+    back, and the stream outside."""
+    streams: list[Any] = []
+    states: list[Any] = []
+    outside = SimpleNamespace(wait_stream=lambda _: None)
+    calls: dict[str, Any] = {"get_state": lambda: "before", "clone_state": lambda: "whole"}
+    calls |= dict.fromkeys(("set_state", "graphsafe_set_state"), states.append)
+    stand_ins: dict[str, Any] = {
+        **dict.fromkeys(("graph_pool_handle", "CUDAGraph"), lambda: None),
+        "current_device": lambda: 0,
+        "default_generators": (SimpleNamespace(**calls),),
+        **dict.fromkeys(("Stream", "current_stream"), lambda: outside),
+        **dict.fromkeys(("device", "stream"), nullcontext),
+        "set_stream": streams.append,
+        "graph": BrokenRecording,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return streams, states, outside
+
+
 @pytest.mark.parametrize(
     ("raised", "seen", "match"),
     [
@@ -185,21 +209,7 @@ class BrokenRecording:
 def test_a_broken_recording_says_what_broke_it(
     monkeypatch: pytest.MonkeyPatch, raised: Exception, seen: type[Exception], match: str
 ) -> None:
-    streams: list[Any] = []
-    states: list[Any] = []
-    outside = SimpleNamespace(wait_stream=lambda _: None)
-    calls = {"get_state": lambda: None, "clone_state": lambda: "whole", "graphsafe_set_state": states.append}
-    stand_ins: dict[str, Any] = {
-        **dict.fromkeys(("graph_pool_handle", "CUDAGraph"), lambda: None),
-        "current_device": lambda: 0,
-        "default_generators": (SimpleNamespace(**calls),),
-        **dict.fromkeys(("Stream", "current_stream"), lambda: outside),
-        **dict.fromkeys(("device", "stream"), nullcontext),
-        "set_stream": streams.append,
-        "graph": BrokenRecording,
-    }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    streams, states, outside = recorded_nowhere(monkeypatch)
     network, passes, held = nn.Linear(1, 1), iter(range(10)), []
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
@@ -215,6 +225,23 @@ def test_a_broken_recording_says_what_broke_it(
         StepGraphs(network)("key", compute, torch.ones(1), torch.ones(1))
     assert streams[-1] is outside and states == ["whole"]
     assert held[0]() is None
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), random.random, np.random.rand])
+def test_a_step_that_draws_on_the_cpu_is_not_recorded(monkeypatch: pytest.MonkeyPatch, draw: Any) -> None:
+    """Each replay would do what the first draw decided, the layers that it dropped for instance."""
+    _, states, _ = recorded_nowhere(monkeypatch)
+    network = nn.Linear(1, 1)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def compute(x: Tensor, labels: Tensor) -> Tensor:
+        draw()
+        return x
+
+    with pytest.raises(ValueError, match=r"draws random numbers on the CPU.* draw them on the GPU, or pass --no-cuda"):
+        StepGraphs(network)("key", compute, torch.ones(1), torch.ones(1))
+    assert states == ["before"]
 
 
 @pytest.mark.parametrize(("model", "last"), [("resnet19", True), ("somebody.networks:make", False)])

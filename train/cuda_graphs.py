@@ -12,11 +12,14 @@ Never run yet on a GPU: see docs/gpu.md.
 from __future__ import annotations
 
 import gc
+import pickle
+import random
 import traceback
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,8 +87,9 @@ class StepGraphs:
             compute: forward and backward; returns numbers that are read before the next call.
 
         Raises:
-            ValueError: it cannot be recorded, because it waits for the GPU for instance. Random numbers go on as if
-                nothing had been recorded; memory that the recording took stays taken until the process ends.
+            ValueError: it cannot be recorded, because it waits for the GPU for instance, or must not be, because it
+                draws random numbers on the CPU. Those of the GPU go on as if nothing had been recorded; memory that the
+                recording took stays taken until the process ends.
             torch.OutOfMemoryError: memory does not suffice.
         """
         key = (key, x.shape, x.dtype, labels.shape)
@@ -96,16 +100,23 @@ class StepGraphs:
 
     def _record(self, compute: Compute, x: Tensor, labels: Tensor) -> Recorded:
         generator, buffers = torch.cuda.default_generators[torch.cuda.current_device()], [*self._network.buffers()]
-        random, whole = generator.get_state(), generator.clone_state()
+        drawn, whole = generator.get_state(), generator.clone_state()
         before = [buffer.clone() for buffer in buffers]  # BN counts the warm-up too
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        drawn_here = _drawn_here()
         with torch.cuda.stream(stream):  # not that of the process, whose gradients' order a recording may not touch
             for _ in range(WARM_UP):
                 compute(x, labels)
             gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
             torch._foreach_zero_(gradients)
         torch.cuda.current_stream().wait_stream(stream)
+        if _drawn_here() != drawn_here:
+            generator.set_state(drawn)
+            raise ValueError(
+                "the network draws random numbers on the CPU, which a CUDA graph would not draw anew at each step; "
+                "draw them on the GPU, or pass --no-cuda-graphs"
+            )
         gc.collect()  # what the warm-up left in cycles of frames belongs to its stream
         graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
         outside = torch.cuda.current_stream()
@@ -129,5 +140,10 @@ class StepGraphs:
             ) from cause
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-        generator.set_state(random)
+        generator.set_state(drawn)
         return Recorded(graph, x, labels, numbers)
+
+
+def _drawn_here() -> bytes:
+    """The state of the generators that a replay leaves alone: PyTorch's on the CPU, NumPy's and Python's."""
+    return pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()))
