@@ -738,6 +738,15 @@ def test_bf16_autocast_keeps_weights_and_losses_in_float32(tmp_path: Path) -> No
     assert read_metadata(tmp_path)["provenance"]["precision"] == "bf16"
 
 
+def test_a_callers_autocast_does_not_hold_weights_back(tmp_path: Path) -> None:
+    """It keeps what it cast until it ends: every step would compute with the first one's weights."""
+    bf16 = settings(precision="bf16")
+    run(tmp_path / "alone", config=bf16)
+    with torch.autocast("cpu", enabled=False):
+        run(tmp_path / "within", config=bf16)
+    assert metrics(tmp_path / "within") == metrics(tmp_path / "alone")
+
+
 def test_evaluation_does_not_depend_on_the_batches_and_keeps_the_mode() -> None:
     classifier = toy().train()
     images, labels = torch.tensor(VAL.images), torch.tensor(VAL.labels)

@@ -143,6 +143,11 @@ def tuned_convolutions() -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a network runs in a precision; "fp32" is no autocast at all."""
+    """The context in which a network runs in a precision; "fp32" is no autocast at all.
+
+    Within an autocast of a caller's, PyTorch would keep weights in half precision from step to step, whatever the
+    optimizer makes of them.
+    """
     dtype = DTYPES[precision]
+    torch.clear_autocast_cache()
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
