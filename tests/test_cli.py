@@ -1480,6 +1480,7 @@ def test_a_machine_without_a_temporary_folder_is_told_what_to_do(
         MemoryError("Unable to allocate 40 GiB for an array"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_memory_that_does_not_suffice_is_one_line(
@@ -1489,6 +1490,14 @@ def test_memory_that_does_not_suffice_is_one_line(
     message = refused("sweep")
     assert "the memory does not suffice (" in message and "smaller T" in message
     assert (str(error) or "out of memory") in message
+
+
+def test_a_gpu_that_pytorch_was_not_built_for_is_one_line(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nSearch for")
+    monkeypatch.setattr("tetdeploy.engine.Engine.run_with", Mock(side_effect=error))
+    message = refused("sweep")
+    assert "not built for this GPU (CUDA error: no kernel image is available for execution on the device): " in message
+    assert "install a PyTorch that was" in message and "Search" not in message
 
 
 def test_stderr_that_is_closed_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:

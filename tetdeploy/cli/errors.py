@@ -24,9 +24,11 @@ from tetdeploy.storage.files import lacks_temporary_folder
 from tetdeploy.storage.provenance import version
 from tetdeploy.system.extras import MissingExtraError
 from tetdeploy.system.signals import handled, terminations
-from tetdeploy.wording import visible
+from tetdeploy.wording import first_line, visible
 
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
+# PyTorch's of a CPU, and of a GPU; cuBLAS's and cuDNN's, which take memory of their own
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+_OTHER_GPU = "no kernel image is available"  # CUDA's
 _OF_PATHS = ("Symlink loop", "Could not determine home directory")  # RuntimeErrors of pathlib, the first until 3.12
 _SAME_SECONDS = 5  # in which a second signal is no other
 _ROOM = "make room, or write elsewhere"
@@ -35,9 +37,9 @@ INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
 class CleanErrors(click.Command):
-    """A command that reports ValueError, OSError, MissingExtraError, memory that does not suffice and, with
-    PYTHONWARNINGS=error, warnings as `Error: ...` with exit code 1, and Ctrl-C, SIGTERM or SIGHUP, where it does not do
-    so itself, with exit code 130: files are written whole or not at all."""
+    """A command that reports ValueError, OSError, MissingExtraError, memory that does not suffice, a GPU that PyTorch
+    was not built for and, with PYTHONWARNINGS=error, warnings as `Error: ...` with exit code 1, and Ctrl-C, SIGTERM or
+    SIGHUP, where it does not do so itself, with exit code 130: files are written whole or not at all."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_lacking_characters()
@@ -76,6 +78,11 @@ class CleanErrors(click.Command):
         except (MemoryError, RuntimeError) as error:
             if any(text in str(error) for text in _OF_PATHS):
                 raise click.ClickException(f"{str(error).rstrip('.')}; give another path") from error
+            if _OTHER_GPU in str(error):
+                raise click.ClickException(
+                    f"this PyTorch was not built for this GPU ({first_line(error)}): install a PyTorch that was, see "
+                    "https://pytorch.org/get-started, or take --device cpu"
+                ) from error
             if not lacks_memory(error):
                 raise
             reason = str(error).partition("\n")[0] or "out of memory"
