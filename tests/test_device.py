@@ -21,7 +21,8 @@ from torch import nn
 from tetdeploy.data import ImageSet
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, train
-from tetdeploy.train.device import pick_precision, place, wants_channels_last
+from tetdeploy.train.device import pick_device, pick_precision, place, wants_channels_last
+from tetdeploy.train.ranks import Ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NETWORK = NetworkConfig("resnet19", 10, 3, (32, 32))
@@ -76,6 +77,15 @@ def test_what_is_slower_on_a_cpu_is_named(cpuinfo: str, emulated: bool, monkeypa
         if emulated:
             expected["bf16"] = ["this processor has no instructions for bf16, which is slower than fp32 here"]
         assert [str(warning.message) for warning in said] == expected.get(asked, [])
+
+
+def test_a_process_without_a_gpu_of_its_number_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Slurm shows each process one GPU alone."""
+    monkeypatch.setattr("tetdeploy.train.device.current_ranks", lambda: Ranks(1, 2, local_rank=1))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"process 1 .* takes GPU 1, and PyTorch sees 1 .*let each see every GPU"):
+        pick_device("auto")
 
 
 @pytest.mark.parametrize(("card", "precision"), [(0, "bf16"), (1, "fp16")])

@@ -44,11 +44,13 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(name.removeprefix("cuda:")) if name.startswith("cuda:") else ranks.local_rank
     if index >= count:
+        if ranks.size > 1 and count:
+            raise ValueError(
+                f"process {index} of this machine, counted from 0, takes GPU {index}, and PyTorch sees {count} here: "
+                "start fewer processes, let each see every GPU (CUDA_VISIBLE_DEVICES), or use --device cpu"
+            )
         built = "" if torch.version.cuda else "; this PyTorch is built for the CPU only"
-        fewer = "start fewer processes, or " if 0 < count < ranks.size else ""
-        raise ValueError(
-            f"device {name} is not there: PyTorch sees {count} GPUs{built}; {fewer}use --device cpu or auto"
-        )
+        raise ValueError(f"device {name} is not there: PyTorch sees {count} GPUs{built}; use --device cpu or auto")
     return torch.device("cuda", index if name.startswith("cuda:") else torch.cuda.current_device())
 
 
