@@ -33,7 +33,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import tetdeploy
 from tetdeploy.checkpoint import load_weights, read_metadata
-from tetdeploy.data import FrameSet, ImageSet, load_data, split_validation
+from tetdeploy.data import FrameSet, Framing, ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import LIF
 from tetdeploy.storage.form import json_text
@@ -717,6 +717,32 @@ def test_frames_that_are_not_read_and_classes_without_an_image_are_said() -> Non
     assert remarks(black, settings()) == [
         f"no pixel of {TRAIN.name} is above 1, of 255: were they from 0 to 1? give (255 * x).round()"
     ]
+
+
+def test_channels_that_may_be_steps_are_said() -> None:
+    images = np.full((3, 5, 4, 6), 9, np.uint8)
+    data = ImageSet("own.npz", "train", images, np.array([0, 1, 1]), ("0", "1"), (0.0,) * 5, (1.0,) * 5)
+    said = "images of own.npz have 5 channels and are shown whole at each step: are these frames? give [N, 5, 1, 4, 6]"
+    assert remarks(data, settings()) == [said]
+    assert remarks(replace(data, name="made"), settings()) == []
+    assert remarks(replace(data, images=images[:, :4], mean=(0.0,) * 4, std=(1.0,) * 4), settings()) == []
+
+
+def test_counts_that_end_at_255_and_recordings_in_one_frame_are_said() -> None:
+    frames = np.zeros((4, 3, 2, 4, 4), np.uint8)
+    frames[..., 0, :] = 9
+    data = FrameSet("by-time:events:own", "train", frames, np.array([0, 1, 0, 1]), ("0", "1"), (0.0,) * 2, (1.0,) * 2)
+    assert remarks(data, settings(T=3)) == []
+    data = replace(data, framing=Framing("time", (4, 4)))
+    assert remarks(data, settings(T=3)) == []
+    frames[:, :, :, 0, 0] = 255
+    frames[3, 1:] = 0
+    full, crowded = remarks(data, settings(T=3))
+    assert full.startswith("25% of the counts above 0 in by-time:events:own end at 255, the most that a frame counts")
+    assert crowded.startswith("1 of 4 recordings of by-time:events:own have over 99% of their events in one frame: is")
+    assert remarks(replace(data, framing=Framing("count", (4, 4))), settings(T=3)) == [full]
+    frames[:, :, 1] = 0
+    assert "4 recordings of by-time:events:own have no ON event: were polarities lost?" in remarks(data, settings(T=3))
 
 
 def test_which_of_two_epochs_is_better() -> None:

@@ -13,6 +13,8 @@ from torch import nn
 
 from tetdeploy.class_names import check_classes
 from tetdeploy.data import ImageFiles, LabelledSet, is_known
+from tetdeploy.data.frames import NUM_MEASURED
+from tetdeploy.data.images import histograms
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import has_regulariser, is_npz
 from tetdeploy.networks import Classifier
@@ -214,21 +216,53 @@ def _check_frames(data: LabelledSet, config: TrainConfig) -> None:
 
 
 def remarks(data: LabelledSet, config: TrainConfig) -> list[str]:
-    """What to say of the training data before a run: frames that no T reads, images that are all but black, and classes
-    without an image."""
+    """What to say of the training data before a run: frames that no T reads or whose counts say little, images that are
+    all but black or may be frames, and classes without an image."""
     lines = []
     if data.encoding == "direct" and isinstance(data.x, np.ndarray) and data.x.max() <= 1:
         lines.append(f"no pixel of {data.name} is above 1, of 255: were they from 0 to 1? give (255 * x).round()")
+    if data.encoding == "direct" and is_npz(data.name) and (channels := data.image_shape[0]) > 4:
+        height, width = data.image_shape[1:]
+        lines.append(
+            f"images of {data.name} have {channels} channels and are shown whole at each step: are these frames? give "
+            f"[N, {channels}, 1, {height}, {width}]"
+        )
     if data.encoding == "frames" and data.x.shape[1] > config.longest_T:
         lines.append(
             f"{data.name} has {data.x.shape[1]} frames a recording, of which T={config.longest_T} reads the first "
             f"{config.longest_T}; --T {data.x.shape[1]} reads all"
         )
+    if data.framing is not None:
+        lines += _remarks_on_counts(data, by=data.framing.by)
     counts = np.bincount(data.labels, minlength=len(data.class_names))
     if missing := [name for name, count in zip(data.class_names, counts, strict=True) if not count]:
         from_0 = "; labels are counted from 0" if is_npz(data.name) else ""
         few = f"{len(missing)} of {len(counts)} classes: {shorten(missing)}"
         lines.append(f"{data.name} has no training image of {few}{from_0}")
+    return lines
+
+
+def _remarks_on_counts(data: LabelledSet, *, by: str) -> list[str]:
+    lines = []
+    measured = data.x[:NUM_MEASURED]
+    levels = histograms(measured.reshape(-1, *data.image_shape))[:, 1:]
+    off, on = levels.sum(1).tolist()
+    if bool(off) != bool(on):
+        kind = "ON" if off else "OFF"
+        lines.append(f"{len(measured):,} recordings of {data.name} have no {kind} event: were polarities lost?")
+    if (full := levels[:, -1].sum() / max(levels.sum(), 1)) > 0.1:
+        lines.append(
+            f"{full:.0%} of the counts above 0 in {data.name} end at 255, the most that a frame counts: cut recordings "
+            "into more frames (--T), or give shorter ones"
+        )
+    if by == "time" and data.x.shape[1] > 1:
+        events = data.x.sum((2, 3, 4), dtype=np.int64)
+        if crowded := int((events.max(1) > 0.99 * events.sum(1)).sum()):
+            lines.append(
+                f"{crowded:,} of {len(data):,} recordings of {data.name} have over 99% of their events in one frame: "
+                "is a first or last time wrong, or are times rounded, as seconds since 1970 are in float32? Frames of "
+                "equal counts, without by-time:, do not depend on times"
+            )
     return lines
 
 
