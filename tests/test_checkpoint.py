@@ -338,6 +338,12 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
         load(tmp_path / "x")
 
 
+def test_a_pointer_of_git_lfs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"x is a pointer of Git LFS in place of the weights; fetch .* git lfs pull$"):
+        load(tmp_path / "x")
+
+
 def test_foreign_safetensors_are_refused(tmp_path: Path) -> None:
     for metadata in (None, {"format": "pt"}):
         save_file({"weight": torch.zeros(3)}, tmp_path / "x.safetensors", metadata=metadata)

@@ -528,6 +528,12 @@ def test_npz_refuses_files_that_are_not_one(tmp_path: Path) -> None:
             load_data(str(path), "train", data_dir=NO_DATA)
 
 
+def test_npz_refuses_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    (path := tmp_path / "x.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(OSError, match=r"x\.npz is a pointer of Git LFS in place of the arrays; fetch .* git lfs pull$"):
+        load_data(str(path), "train", data_dir=NO_DATA)
+
+
 def test_an_npz_with_one_damaged_byte_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
     path, array, whole = tmp_path / "x.npz", io.BytesIO(), io.BytesIO()
     np.save(array, np.arange(6.0).reshape(2, 3))
@@ -683,6 +689,7 @@ def cut(name: str) -> Callable[[Path], Any]:
         (cut("test/ant/0.png"), r"1 of 12 images cannot be read: .*ant/0.png"),
         (lambda root: (root / "train/cat/l.png").symlink_to("gone.png"), r"1 of 13 images cannot be read: .*l.png"),
         *((add_deep_image("train/cat/x.png", kind), r"x.png \(pixel format .*;16 is not 8 bits") for kind in DEEP),
+        (add_file("train/cat/x.png", b"version https://git-lfs.github.com/spec/v1"), r"x.png \(a pointer of Git LFS"),
         (
             add_image("test/cat/x.png", 5, 8, 3),
             r"2 sizes \(width x height\): 12 of 6x4, 1 of 8x5; .* 1: .*test/cat/x.png",

@@ -371,6 +371,12 @@ def test_other_files_are_refused(content: bytes, file: Path) -> None:
         import_checkpoint(file, "vggsnn")
 
 
+def test_a_pointer_of_git_lfs_is_refused(file: Path) -> None:
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"theirs\.pth is a pointer of Git LFS in place of the weights; fetch"):
+        import_checkpoint(file, "vggsnn")
+
+
 def test_a_truncated_file_is_refused(file: Path) -> None:
     torch.save(flat_state("vggsnn"), file)
     file.write_bytes(file.read_bytes()[:-200])

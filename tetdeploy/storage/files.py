@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tetdeploy.storage.form import json_text, parse_json
 
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
+POINTER = b"version https://git-lfs"  # how what Git LFS leaves in a file's place begins, where it has not fetched that
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 # Of a zip archive, and of the header of an array, which NumPy parses as Python.
@@ -263,7 +264,10 @@ def opened_npz(handle: BinaryIO, name: str) -> Iterator[Mapping[str, NDArray[Any
 
     Raises:
         ValueError: it is none, is damaged, or holds Python objects; what is taken is no array.
+        OSError: it is a pointer of Git LFS.
     """
+    if handle.read(len(POINTER)) == POINTER:
+        raise OSError(f"{name} is a pointer of Git LFS in place of the arrays; fetch them with: git lfs pull")
     try:
         if not is_zipfile(handle):
             raise ValueError("it is no .npz, or is cut short")

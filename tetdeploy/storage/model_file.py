@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.energy import layers_of
+from tetdeploy.storage.files import POINTER
 from tetdeploy.storage.form import COUNT, NUMBER, STEP, check_form, parse_json
 from tetdeploy.storage.provenance import ORIGIN
 from tetdeploy.wording import first_line, quoted
@@ -15,7 +16,6 @@ from tetdeploy.wording import first_line, quoted
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
 _EXTERNAL = b"\n\x08location\x12"  # the key of a tensor's external data, as protocol buffers write it
-_POINTER = b"version https://git-lfs"
 _TENSOR = {"input!": str, "output!": str, "shape!": [STEP]}
 _METADATA = {
     "layout!": str,
@@ -99,7 +99,7 @@ def load_fault(path: Path, error: Exception, hint: str = "") -> ValueError | Mem
     if "std::bad_alloc" in str(error):
         return MemoryError(f"{path} cannot be loaded: {first_line(error)}")
     with suppress(OSError), path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
+        if file.read(len(POINTER)) == POINTER:
             return ValueError(f"{path} is a pointer of Git LFS in place of the model; fetch that with: git lfs pull")
     fault = "not an ONNX model, or a damaged one; export or copy it again"
     return ValueError(f"{path} cannot be loaded: {fault}{hint} ({first_line(error)})")

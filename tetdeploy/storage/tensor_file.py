@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdeploy.storage.files import atomic_write, is_utf8
+from tetdeploy.storage.files import POINTER, atomic_write, is_utf8
 from tetdeploy.storage.form import parse_json
 from tetdeploy.storage.model_file import METADATA_KEY
 from tetdeploy.system.extras import import_extra
@@ -100,13 +100,13 @@ def read_header(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a pickle, truncated, or not safetensors.
+        ValueError: a pickle, a pointer of Git LFS, truncated, or not safetensors.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            _refuse_pickle(path, start)
+            _refuse_others(path, start)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             raw = file.read(length) if 0 < length <= min(size - 8, _HEADER_LIMIT) else b""
     except IsADirectoryError as error:
@@ -129,7 +129,9 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _refuse_pickle(path: Path, start: bytes) -> None:
+def _refuse_others(path: Path, start: bytes) -> None:
+    if start == POINTER[:8]:  # as a length it would be beyond any header's
+        raise ValueError(f"{path} is a pointer of Git LFS in place of the weights; fetch them with: git lfs pull")
     is_zip = start.startswith(b"PK\x03\x04")
     # Protocol 2 and later open with this byte and their number. No safetensors header is that short.
     is_pickle = len(start) >= 2 and start[0] == 0x80 and start[1] in range(2, 6) and start[2:] != bytes(6)
