@@ -163,7 +163,7 @@ def test_keys_are_counted_and_aliases_merged(file: Path) -> None:
 
 
 @pytest.mark.parametrize("wrap", [None, "state_dict", "net"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_and_wrappers_are_dropped(wrap: str | None, prefix: str, file: Path) -> None:
     state = {prefix + key: value for key, value in flat_state("vggsnn").items()}
     torch.save(state if wrap is None else {"epoch": 3, "best_acc": 83.2, wrap: state}, file)

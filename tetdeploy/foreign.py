@@ -31,6 +31,7 @@ _COUNT = "num_batches_tracked"
 _BN = ("weight", "bias", "running_mean", "running_var", _COUNT)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WRAPPERS = ("state_dict", "net")
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def import_checkpoint(
 ) -> Imported:
     """Read a state dict of the TET authors into our network of the same architecture.
 
-    The number of classes is read from the last layer. A `module.` before every key (DataParallel) is dropped, and a
-    state dict that lies under "state_dict" or "net" is taken out.
+    The number of classes is read from the last layer. A `module.` (DataParallel) or `_orig_mod.` (torch.compile) before
+    every key is dropped, and a state dict that lies under "state_dict" or "net" is taken out.
 
     Args:
         path: what `torch.save(model.state_dict(), path)` wrote. It is read with `weights_only=True`: no code runs.
@@ -258,9 +259,9 @@ def _state_dict(content: Any, path: Path | str) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the `module.` that DataParallel puts before every key."""
-    if all(key.startswith("module.") for key in tensors):
-        return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    """Drop what DataParallel and torch.compile put before every key, in either order."""
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), ""):
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
 
 
