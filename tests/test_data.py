@@ -589,12 +589,13 @@ def write_image(path: Path, pixels: NDArray[Any], mode: str | None = None) -> ND
 
 
 def make_tree(root: Path, classes: tuple[str, ...] = ("cat", "ant"), per_class: int = 3, grey: bool = False) -> Path:
-    """Class folders of lossless 6x4 images; the first pixel says which class and which number it is."""
+    """Class folders of lossless 6x4 images; the first pixel says which class and which number it is, the last one of
+    which split."""
     for split in ("train", "test"):
         for k, name in enumerate(sorted(classes)):
             for i in range(per_class):
                 pixels = noise(4, 6, seed=100 * k + i) if grey else noise(4, 6, 3, seed=100 * k + i)
-                pixels[0, 0] = 10 * k + i
+                pixels[0, 0], pixels[-1, -1] = 10 * k + i, 255 * (split == "test")
                 write_image(root / split / name / f"{i}{('.png', '.webp', '.bmp')[i % 3]}", pixels)
     return root
 
@@ -610,7 +611,16 @@ def test_folder_reads_every_image_with_its_class(tmp_path: Path) -> None:
     for image in data.images:
         first = int(image[0, 0, 0])
         wanted = noise(4, 6, 3, seed=100 * (first // 10) + first % 10).transpose(2, 0, 1)
-        np.testing.assert_array_equal(image[:, 1:], wanted[:, 1:])
+        np.testing.assert_array_equal(image[:, 1:-1], wanted[:, 1:-1])
+
+
+def test_test_images_that_are_training_images_are_named(tmp_path: Path) -> None:
+    root = make_tree(tmp_path)
+    (root / "test/cat/copy.png").write_bytes((root / "train/ant/0.png").read_bytes())
+    with pytest.warns(
+        RuntimeWarning, match=r"^1 of the 7 test images of .* too, pixel for pixel: .*test/cat/copy\.png;"
+    ):
+        load_data(f"folder:{root}", "test", data_dir=NO_DATA)
 
 
 def test_folder_order_is_mixed_and_repeatable(tmp_path: Path) -> None:

@@ -721,7 +721,7 @@ def test_a_copy_of_the_folder_that_was_trained_on_is_known(
         for part in ("train", "test")[: 2 if i < 100 else 1]:
             folder = tmp_path / "copy" / part / images.class_names[label]
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[0]).save(folder / f"{i}.png")
+            Image.fromarray(image[0] ^ np.uint8(part == "test")).save(folder / f"{i}.png")
     copy = f"folder:{tmp_path / 'copy'}"
     held_out = split_validation(load_data(copy, "train", data_dir=tmp_path), fraction=0.1)[1]
     source = {"data": {"name": "folder:gone", "fingerprint": held_out.fingerprint}, "training": {"val_fraction": 0.1}}

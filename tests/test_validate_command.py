@@ -499,7 +499,7 @@ class TestBadInput:
             for name in ("cat", "dog"):
                 folder = Path("pets", split, name)
                 folder.mkdir(parents=True)
-                Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "a.png")
+                Image.fromarray(np.full((8, 8), split == "test", np.uint8)).save(folder / "a.png")
         message = refused(MODEL, "--data", "folder:pets")
         assert "the labels of folder:pets do not match the model's: it has 2 classes (cat, dog)" in message
         assert "knows 10 classes (0, 1, 2, ...)" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
 
     Classes are the folders' names, sorted. All images, of both splits, must have one size; they become RGB unless all
     are greyscale. Mean and std are those of the training images. The order is fixed and mixed over the classes.
+    A warning says if test images are training images, too.
     Names that begin with a dot are ignored, and Windows's Thumbs.db and desktop.ini.
 
     Args:
@@ -50,8 +52,22 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
     images = Cache(root, paths).get(f"folder-{readable(root)}", decode)["images"]
     num_train = sum(map(len, train.values()))
     mean, std = channel_statistics(images[:num_train])
+    if split == "test":
+        _warn_of_copies(root, paths, images, num_train)
     images, labels = one_part(split, num_train, images, labels)
     return ImageSet(f"folder:{root}", split, images, labels, tuple(train), mean, std)
+
+
+def _warn_of_copies(root: Path, paths: list[str], images: NDArray[np.uint8], num_train: int) -> None:
+    known = {hash(image.tobytes()) for image in images[:num_train]}
+    tested = zip(paths[num_train:], images[num_train:], strict=True)
+    if copies := [path for path, image in tested if hash(image.tobytes()) in known]:
+        warnings.warn(
+            f"{len(copies):,} of the {len(images) - num_train:,} test images of {root} are training images too, pixel "
+            f"for pixel: {shorten(copies)}; accuracies on these say nothing of new images",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def one_part(
