@@ -1179,6 +1179,16 @@ def test_cifar_archive_brought_by_hand_is_unpacked(torchvision_cifar: Path, tmp_
     assert len(load_data("cifar10", "test", data_dir=data_dir)) == 20
 
 
+@pytest.mark.usefixtures("no_network")
+def test_cifar_archive_that_is_cut_short_is_named(torchvision_cifar: Path, tmp_path: Path) -> None:
+    cut_short = tmp_path / "cifar-10-python.tar.gz"
+    cut_short.write_bytes((torchvision_cifar / cut_short.name).read_bytes()[:-9])
+    said = r"\(no network in this test; .*cifar-10-python\.tar\.gz is there, but damaged or cut short\)"
+    with pytest.raises(OSError, match=said):
+        load_data("cifar10", "test", data_dir=tmp_path)
+    assert cut_short.is_file()
+
+
 def test_broken_download_leaves_nothing(
     torchvision_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

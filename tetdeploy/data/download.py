@@ -10,6 +10,7 @@ import socket
 import sys
 import tarfile
 import tempfile
+import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +30,12 @@ def download_torchvision(
         archive = data_dir / getattr(maker, "filename", "")
         if archive.is_file():  # brought by hand to a machine without network; torchvision verifies its checksum
             shutil.copy(archive, root)
-        maker(root, download=True)
+        try:
+            maker(root, download=True)
+        except urllib.error.URLError as error:
+            if archive.is_file():
+                raise RuntimeError(f"{error.reason}; {archive} is there, but damaged or cut short") from error
+            raise
 
     download(name, make, folder, data_dir, looked_for=looked_for)
 
