@@ -238,6 +238,21 @@ def test_weights_that_are_nan_are_named_and_change_nothing(tmp_path: Path) -> No
     assert all(torch.equal(before[name], value) for name, value in other.network.state_dict().items())
 
 
+def test_integers_in_place_of_weights_are_refused(saved: Path) -> None:
+    content = json.dumps(read_metadata(saved))
+    tensors = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(saved).items()
+    }
+    save_file(tensors, saved, metadata={"tetdeploy": content})
+    assert load(saved).network.state_dict()["readout.2.weight"].dtype == torch.float32
+    tensors["readout.2.weight"] = (100 * tensors["readout.2.weight"]).to(torch.int8)
+    save_file(tensors, saved, metadata={"tetdeploy": content})
+    with pytest.raises(
+        ValueError, match=r"torch\.int8 where the network has torch\.float32, in readout\.2\.weight: what"
+    ):
+        load(saved)
+
+
 def test_weights_that_do_not_fit_are_listed_and_change_nothing(saved: Path) -> None:
     other = convsnn(num_classes=5)
     before = {name: value.clone() for name, value in other.network.state_dict().items()}

@@ -184,7 +184,7 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a checkpoint of ours; a weight is NaN.
+        ValueError: not a checkpoint of ours; a weight is NaN, or an integer where the network has floats.
         MisfitError: keys are missing, unexpected or misshapen (up to 20 of each are named).
     """
     from tetdeploy.networks import warn_of_other_code
@@ -200,6 +200,11 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
     kept = _resized(tensors, own, sizes) if other_classes and sizes[0] != sizes[1] else []
     tensors |= {name: own[name] for name in kept}
     check_keys(tensors, own, file)
+    if cast := [name for name in own if own[name].is_floating_point() != tensors[name].is_floating_point()]:
+        raise ValueError(
+            f"{file} holds {tensors[cast[0]].dtype} where the network has {own[cast[0]].dtype}, in "
+            f"{shorten(cast, _KEYS_SHOWN)}: what scaled them is not there; take the file as it was written"
+        )
     if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:  # a mask may be infinite
         raise ValueError(
             f"{file} holds NaN in {shorten(broken, _KEYS_SHOWN)}: it is damaged, or its training diverged; "
