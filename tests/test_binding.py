@@ -304,17 +304,37 @@ def test_a_provider_whose_libraries_fail_is_refused(
         Engine(model, device=device)
 
 
-def test_a_gpu_that_fails_is_not_blamed_on_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "said", "match"),
+    [
+        (
+            "cuda",
+            "/onnxruntime_src/cuda_call.cc:154 CudaCall(ERRTYPE, const char*) [with ERRTYPE = cudaError] CUDA failure "
+            "35: CUDA driver version is insufficient for CUDA runtime version ; GPU=-1 ; expr=cudaSetDevice(0);",
+            r"^cuda cannot be used: check driver .*device='cpu' "
+            r"\(CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version\)$",
+        ),
+        (
+            "tensorrt",
+            "/onnxruntime_src/onnxruntime_pybind_state.cc:729 Please install TensorRT libraries as mentioned in the "
+            "GPU requirements page, make sure they're in the PATH, and that your GPU is supported.",
+            r"^tensorrt cannot be used: check driver .*device='cpu' \(Please install TensorRT libraries\)$",
+        ),
+        ("cuda", "Unknown fault\nand more", r"cannot be loaded: .* or cuda cannot be used: .* \(Unknown fault\)$"),
+    ],
+)
+def test_a_gpu_that_fails_is_not_blamed_on_the_model(
+    device: str, said: str, match: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fails(*arguments: Any, **options: Any) -> None:
-        raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected\nand more")
+        raise RuntimeError(said)
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = exported("step")
     gpu_build(monkeypatch, [])
     monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
-    with pytest.raises(
-        ValueError, match=r"or cuda cannot be used: check driver .*device='cpu' \(CUDA failure 100: .*\)$"
-    ):
-        Engine(model, device="cuda")
+    with pytest.raises(ValueError, match=match):
+        Engine(model, device=device)
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from importlib import metadata as distributions
@@ -36,6 +37,7 @@ from tetdeploy.wording import first_line
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # packages, each with the extra that brings it
 MOST_THREADS = max(64, os.cpu_count() or 1)  # ONNX Runtime starts them for minutes, and cannot be interrupted then
+_GPU_FAILURE = re.compile(r"CU\w+ failure \d+: [^;\n]+|Please install TensorRT libraries")  # not of the model
 NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
 
 
@@ -133,8 +135,10 @@ class Sessions:
         try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
             session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's own exception classes are private
-            hint = f"; or {self._device} cannot be used: check driver and libraries, or choose device='cpu'"
-            raise load_fault(self._path, error, hint if self._device != "cpu" else "") from error
+            other = f"{self._device} cannot be used: check driver and libraries, or choose device='cpu'"
+            if self._device != "cpu" and (reason := _GPU_FAILURE.search(str(error))):
+                raise ValueError(f"{other} ({reason[0].strip()})") from error
+            raise load_fault(self._path, error, f"; or {other}" if self._device != "cpu" else "") from error
         started = session.get_providers()
         if missing := [name for name in self._providers if name not in started]:
             raise ValueError(
