@@ -227,15 +227,16 @@ def test_a_bound_call_that_fails_gives_one_line() -> None:
 # ------------------------------------------------------------------------------------------------ providers
 
 
-def test_cuda_computes_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_computes_in_full_float32(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = exported("step")
     asked = gpu_build(monkeypatch, ["CUDAExecutionProvider"])
-    loaded = Mock()
+    loaded = Mock(side_effect=lambda: print("Failed to load libcudnn.so.9"))
     monkeypatch.setattr(onnxruntime, "preload_dlls", loaded)
     runner = Engine(model, device="cuda")
     loaded.assert_called_once_with()  # the CUDA libraries that pip installed
     assert isinstance(runner._session, BoundSession)
     assert asked == [({"CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}, 0)]
+    assert capsys.readouterr() == ("", "Failed to load libcudnn.so.9\n")  # stdout is the commands' own
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     os.environ["NVIDIA_TF32_OVERRIDE"] = "1"
     Engine(model, device="cuda")
@@ -285,7 +286,8 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
         (
             "cuda",
             [],
-            "could not start CUDAExecutionProvider and would have used CPUExecutionProvider; .* CUDA libraries",
+            "could not start CUDAExecutionProvider and would have used CPUExecutionProvider; .* CUDA libraries, "
+            "which pip install",
         ),
         (
             "tensorrt",

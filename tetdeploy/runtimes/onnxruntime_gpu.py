@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,8 @@ def prepare() -> None:
     import onnxruntime
 
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-    onnxruntime.preload_dlls()
+    with redirect_stdout(sys.stderr):  # it prints what it lacks
+        onnxruntime.preload_dlls()
 
 
 def provider_options(provider: str, model_sha256: str, precision: str = "fp32") -> dict[str, str]:

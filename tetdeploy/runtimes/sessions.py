@@ -141,9 +141,14 @@ class Sessions:
             raise load_fault(self._path, error, f"; or {other}" if self._device != "cpu" else "") from error
         started = session.get_providers()
         if missing := [name for name in self._providers if name not in started]:
+            libraries = (
+                "the TensorRT 10 libraries"
+                if missing[0].startswith("Tensorrt")
+                else "the CUDA libraries, which pip install 'tetdeploy[gpu]' brings"
+            )
             raise ValueError(
-                f"ONNX Runtime could not start {missing[0]} and would have used {started[0]}; check the driver and the "
-                f"{'TensorRT 10' if missing[0].startswith('Tensorrt') else 'CUDA'} libraries, or choose device='cpu'"
+                f"ONNX Runtime could not start {missing[0]} and would have used {started[0]}; check the driver and "
+                f"{libraries}, or choose device='cpu'"
             )
         return session
 
