@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -1293,6 +1294,22 @@ def test_compiles_for_the_processor_alone(source: str, tmp_path: Path) -> None:
         check=False,
     )
     assert compiled.returncode == 0, compiled.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations"])
+def test_fast_mathematics_of_CFLAGS_stay_out(flag: str) -> None:
+    """They would change bits, and as options of the linker have the process flush numbers near 0 to 0."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    (library,) = project["tool"]["setuptools"]["ext-modules"]
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run(["cc", flag, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    compiling = [*library["extra-compile-args"], "-dM", "-E", "-x", "c", "/dev/null"]
+    assert "__FAST_MATH__" not in said(*compiling) and "__ASSOCIATIVE_MATH__" not in said(*compiling)
+    assert "crtfastmath" not in said("-shared", "made.o", *library["extra-link-args"], "-###")
 
 
 def test_a_library_of_another_version_is_named() -> None:
