@@ -74,6 +74,24 @@ def test_a_name_is_cut_in_its_middle(name: str, shown: str) -> None:
     assert short(name, 24) == shown
 
 
+@pytest.mark.parametrize(
+    ("differ", "shown"),
+    [
+        (("tet-T4", "sdt-T4"), ["cifar10-wid…tet", "cifar10-wid…sdt"]),
+        (("seed-1", "seed-10"), ["cifar10-wid…1", "cifar10-wid…10"]),
+        (("half-half", "half"), ["cifar10-wid…half-with", "cifar10-wid…with"]),
+    ],
+)
+def test_a_legend_tells_long_names_apart(
+    differ: tuple[str, str], shown: list[str], tmp_path: Path, painted: dict[str, list[Any]]
+) -> None:
+    names = tuple(f"cifar10-width-64-{part}-with-autoaugment-and-cutout" for part in differ)
+    document_of(read_results([run_folder(tmp_path / name) for name in names]))
+    plots = ["sections.accuracy", "sections.pareto", "sections.cost", "entry_plot", "sections.training"]
+    for axes in (axes for plot in plots for axes in painted[plot]):
+        assert [name for name in axes.get_legend_handles_labels()[1] if "cifar10" in name] == shown
+
+
 def test_28_models_look_different_without_lines_too_and_neighbours_in_all() -> None:
     styles = [Style.of(number) for number in range(28)]
     assert len({(style.colour, style.marker) for style in styles}) == 28

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import io
+import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,6 +204,24 @@ def short(name: str, longest: int = _LONGEST_NAME) -> str:
     """A name that fits a plot; what tells names apart is mostly at their ends."""
     name = drawable(name)
     return name if len(name) <= longest else f"{name[: longest // 3]}…{name[-(longest - longest // 3 - 1) :]}"
+
+
+def told_apart(names: Sequence[str]) -> dict[str, str]:
+    """Each name as `short` has it; of names that would look alike, how they begin and the words that differ."""
+    labels = {name: short(name) for name in names}
+    for label in [label for label, count in Counter(labels.values()).items() if count > 1]:
+        alike = [name for name in labels if labels[name] == label]
+        front = _shared_words(alike)
+        back = _shared_words([name[front:][::-1] for name in alike])
+        for name in alike:
+            labels[name] = short(f"{name[: min(front, _LONGEST_NAME // 3)]}…{name[front : len(name) - back]}")
+    return labels
+
+
+def _shared_words(names: Sequence[str]) -> int:
+    """How many characters all begin with, in whole words."""
+    shared = os.path.commonprefix(names)  # noqa: RUF071  # not of paths
+    return len(re.sub(r"[^-_ /]+$", "", shared))
 
 
 def drawable(text: str) -> str:

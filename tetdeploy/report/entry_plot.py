@@ -36,13 +36,13 @@ def plot_by_entry(
 
     def paint(axes: Any) -> None:
         for k, (series, found) in enumerate(values.items()):
-            style = results.style_of[series]
+            style, name = results.style_of[series], results.label_of[series]
             at, shown = [places[name] for name in found], [value / size for value in found.values()]
             if len(values) == 1:
                 axes.barh(at, shown, color=style.colour, height=0.7)
             else:
                 beside = (k - (len(values) - 1) / 2) * 0.6 / len(values)
-                axes.plot(shown, [y + beside for y in at], style.marker, color=style.colour, label=short(series))
+                axes.plot(shown, [y + beside for y in at], style.marker, color=style.colour, label=name)
         axes.set_yticks(range(len(names)), [short(name, 24) for name in names], fontsize=8)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(visible=len(values) > 1, axis="y")

@@ -14,7 +14,7 @@ from typing import Any
 from tetdeploy.names import is_npz
 from tetdeploy.picojoules import CONSTANTS
 from tetdeploy.report.document import NONE
-from tetdeploy.report.drawing import Style
+from tetdeploy.report.drawing import Style, told_apart
 from tetdeploy.report.means import mean_of
 from tetdeploy.report.merging import apart, has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_result, read_run, readable, result_files
@@ -200,6 +200,11 @@ class Results:
         names = [*(name for own in series.values() for name in own), *(m.name for m in self.measurements)]
         styles = {name: Style.of(k) for k, name in enumerate(dict.fromkeys(names))}
         return {source: styles[own[0]] for source, own in series.items()} | styles
+
+    @cached_property
+    def label_of(self) -> dict[str, str]:
+        """What every series, seed and source is called in a legend."""
+        return told_apart([*self.style_of])
 
     def twin_energy(self, run: Run) -> float | None:
         """The energy of an ANN run, in pJ an image in float32, if a spiking network of its very shape was measured."""

@@ -8,14 +8,12 @@ from typing import Any
 from tetdeploy.picojoules import CONSTANTS
 from tetdeploy.report.document import Note, Plot, Row, Section
 from tetdeploy.report.drawing import (
-    Style,
     draw,
     energy_axis,
     energy_unit,
     error_bars,
     mark,
     percent_axis,
-    short,
     whole_numbers,
 )
 from tetdeploy.report.numbers import energy, percent
@@ -40,7 +38,7 @@ def _by_steps(results: Results) -> Plot | None:
         for m in measured:
             style = results.style_of[m.name]
             points = m.points("T", "accuracy")
-            axes.plot([T for T, *_ in points], [y for *_, y in points], label=short(m.name), **style.options)
+            axes.plot([T for T, *_ in points], [y for *_, y in points], label=results.label_of[m.name], **style.options)
             error_bars(axes, [(T, y) for T, _, y in points], m.deviations("T", "accuracy"), style.colour)
             for T, _, y in points:
                 if m.trained_T == T:
@@ -72,10 +70,10 @@ def _by_energy(results: Results) -> Plot | None:
         for energy_pj in twins:
             _draw_twin(axes, energy_pj / size)
         for m in measured:
-            _draw_model(axes, m, results.style_of[m.name], size)
+            _draw_model(axes, m, results, size)
         for name, energy_pj, validation in trained_twins:
             star = {"color": results.style_of[name].colour, "markersize": 11}
-            axes.plot(energy_pj / size, validation, "*", label=f"{short(name)} (ANN, validation)", **star)
+            axes.plot(energy_pj / size, validation, "*", label=f"{results.label_of[name]} (ANN, validation)", **star)
         energy_axis(axes, energies, unit)
         axes.set_ylabel("accuracy (%)")
         percent_axis(axes.yaxis, results.fewest_images)
@@ -94,10 +92,11 @@ def _draw_twin(axes: Any, energy: float) -> None:
     axes.annotate("ANN twin", (energy, 0.02), color="0.35", fontsize=8, **upright)
 
 
-def _draw_model(axes: Any, m: Measurement, style: Style, size: float) -> None:
+def _draw_model(axes: Any, m: Measurement, results: Results, size: float) -> None:
     """A line with a point for each T; the first, the last and the trained one are named."""
+    style = results.style_of[m.name]
     points = [(T, energy_pj / size, y) for T, energy_pj, y in m.points("energy_pj", "accuracy")]
-    axes.plot([x for _, x, _ in points], [y for *_, y in points], label=short(m.name), **style.options)
+    axes.plot([x for _, x, _ in points], [y for *_, y in points], label=results.label_of[m.name], **style.options)
     deviations = [(x / size, y) for x, y in m.deviations("energy_pj", "accuracy")]
     error_bars(axes, [(x, y) for _, x, y in points], deviations, style.colour)
     for T, x, y in points:

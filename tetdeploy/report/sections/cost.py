@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tetdeploy.report.document import Note, Plot, Row, Section, Table
-from tetdeploy.report.drawing import draw, energy_unit, error_bars, short, whole_numbers
+from tetdeploy.report.drawing import draw, energy_unit, error_bars, whole_numbers
 from tetdeploy.report.numbers import count, energy, milliseconds, percent, rate, three_digits, times
 from tetdeploy.report.results import Measurement, Results, means_caption
 
@@ -51,7 +51,7 @@ def _plot(results: Results, key: str, caption: str, label: str, size: float) -> 
             values = [value / size for *_, value in m.points("T", key)]
             style = results.style_of[m.name]
             steps = [T for T, *_ in m.points("T", key)]
-            axes.plot(steps, values, label=short(m.name), **style.options)
+            axes.plot(steps, values, label=results.label_of[m.name], **style.options)
             deviations = [(0.0, std / size) for _, std in m.deviations("T", key)]
             error_bars(axes, list(zip(steps, values, strict=True)), deviations, style.colour)
             highest = max(highest, *(value + std for value, (_, std) in zip(values, deviations, strict=True)))

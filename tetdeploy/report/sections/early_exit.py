@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tetdeploy.report.document import Note, Plot, Row, Section, Table
-from tetdeploy.report.drawing import draw, energy_axis, energy_unit, mark, percent_axis, short, whole_numbers
+from tetdeploy.report.drawing import draw, energy_axis, energy_unit, mark, percent_axis, whole_numbers
 from tetdeploy.report.early_exit import compared, rule, turned
 from tetdeploy.report.results import Measurement, Results
 from tetdeploy.report.tables import hardware
@@ -36,7 +36,7 @@ def _steps(results: Results, measured: Sequence[Measurement]) -> Plot:
         for k, (name, bars) in enumerate(shares.items()):
             where = [T + (k - (len(shares) - 1) / 2) * width for T, _ in bars]
             colour = results.style_of[name].colour
-            axes.bar(where, [share for _, share in bars], width, color=colour, label=short(name))
+            axes.bar(where, [share for _, share in bars], width, color=colour, label=results.label_of[name])
         axes.set_xlabel("time steps taken")
         axes.set_ylabel("images (%)")
         axes.grid(visible=False, axis="x")
@@ -59,8 +59,8 @@ def _accuracy(results: Results, measured: Sequence[Measurement]) -> Plot:
 
     def paint(axes: Any) -> None:
         for name, own in points.items():
-            style = results.style_of[name]
-            axes.plot([pj / size for _, pj, _ in own], [y for *_, y in own], label=short(name), **style.options)
+            style, label = results.style_of[name], results.label_of[name]
+            axes.plot([pj / size for _, pj, _ in own], [y for *_, y in own], label=label, **style.options)
             for T, pj, y in own:
                 mark(axes, f"T={T}", pj / size, y)
             star = {"marker": "*", "markersize": 13, "linestyle": "none", "color": style.colour, "zorder": 3}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tetdeploy.report.document import NONE, Row, Section, Table
-from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, error_bars, mark, percent_axis, short
+from tetdeploy.report.drawing import draw, energy_axis, energy_unit, error_bars, mark, percent_axis
 from tetdeploy.report.numbers import energy, percent, times
 from tetdeploy.report.results import Results, means_caption
 
@@ -35,7 +35,7 @@ def pareto_front(results: Results) -> Section | None:
         line = {"where": "post", "color": "0.6", "linewidth": 1.2, "label": "Pareto front"}
         axes.step([p.energy_pj / size for p in front], [p.accuracy for p in front], **line)
         for name in dict.fromkeys(point.name for point in points):
-            _draw_points(axes, [p for p in points if p.name == name], front, results.style_of[name], size)
+            _draw_points(axes, [p for p in points if p.name == name], front, results, size)
         energy_axis(axes, [p.energy_pj for p in points], unit)
         axes.set_ylabel("accuracy (%)")
         percent_axis(axes.yaxis, results.fewest_images)
@@ -73,13 +73,14 @@ def _points(results: Results) -> list[Point]:
     ]
 
 
-def _draw_points(axes: Any, own: Sequence[Point], front: Sequence[Point], style: Style, size: float) -> None:
+def _draw_points(axes: Any, own: Sequence[Point], front: Sequence[Point], results: Results, size: float) -> None:
     """One model's points, pale, and those on the front in full and with their T."""
+    style, label = results.style_of[own[0].name], results.label_of[own[0].name]
     pale = {"color": style.colour, "alpha": 0.35, "markeredgewidth": 0}
     axes.plot([p.energy_pj / size for p in own], [p.accuracy for p in own], style.marker, **pale)
     best = [p for p in own if p in front]
     x, y = [p.energy_pj / size for p in best], [p.accuracy for p in best]
-    axes.plot(x, y, style.marker, color=style.colour, markersize=7, zorder=3, label=short(own[0].name))
+    axes.plot(x, y, style.marker, color=style.colour, markersize=7, zorder=3, label=label)
     deviations = [p.deviation or (0.0, 0.0) for p in best]
     error_bars(axes, list(zip(x, y, strict=True)), [(x_std / size, y_std) for x_std, y_std in deviations], style.colour)
     for point in best:

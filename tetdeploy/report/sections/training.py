@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from tetdeploy.report.document import NONE, Note, Plot, Row, Section, Table
-from tetdeploy.report.drawing import Style, draw, percent_axis, short, whole_numbers
+from tetdeploy.report.drawing import Style, draw, percent_axis, whole_numbers
 from tetdeploy.report.numbers import percent, three_digits
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, Source
@@ -47,7 +47,7 @@ def _curves(results: Results, sources: Sequence[Source], key: str, label: str, c
             alone = len(sources) == 1
             axes.plot(*training.mean, "--", color=style.colour, alpha=0.6, label="training" if alone else None)
             line = {"color": style.colour, "marker": style.marker, "markevery": training.every}
-            axes.plot(*validation.mean, "-", **line, label="validation" if alone else short(source.name))
+            axes.plot(*validation.mean, "-", **line, label="validation" if alone else results.label_of[source.name])
             if len(source.runs) > 1:
                 axes.fill_between(*validation.band, color=style.colour, alpha=0.15, linewidth=0)
         axes.set_xlabel("epoch")
@@ -70,7 +70,7 @@ def _rates(results: Results, sources: Sequence[Source]) -> Plot:
         for source in sources:
             style = results.style_of[source.name]
             rates = _Course(source, "lr")
-            axes.plot(*rates.mean, label=short(source.name), markevery=rates.every, **style.options)
+            axes.plot(*rates.mean, label=results.label_of[source.name], markevery=rates.every, **style.options)
         axes.set_xlabel("epoch")
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
