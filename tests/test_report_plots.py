@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -90,6 +91,13 @@ def test_a_legend_tells_long_names_apart(
     plots = ["sections.accuracy", "sections.pareto", "sections.cost", "entry_plot", "sections.training"]
     for axes in (axes for plot in plots for axes in painted[plot]):
         assert [name for name in axes.get_legend_handles_labels()[1] if "cifar10" in name] == shown
+
+
+def test_a_loss_that_all_runs_have_is_named_once(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    runs = [run_folder(tmp_path / name) for name in ("a", "b")]
+    assert "each run&#39;s own (TET)." in to_html(document_of(read_results(runs)))
+    (runs[1] / "metrics.jsonl").write_text(json.dumps(epoch(1, loss="sdt")))
+    assert "each run&#39;s own (a: TET, b: SDT)." in to_html(document_of(read_results(runs)))
 
 
 def test_28_models_look_different_without_lines_too_and_neighbours_in_all() -> None:

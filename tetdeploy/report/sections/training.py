@@ -19,7 +19,9 @@ def training(results: Results) -> Section | None:
     sources = [source for source in results.trained if any(run.metrics for run in source.runs.values())]
     if not sources:
         return None
-    losses = ", ".join(f"{s.name}: {_losses(s.run)}" for s in sources if s.run)
+    own = {s.name: _losses(s.run) for s in sources if s.run}
+    alike = len(set(own.values())) == 1
+    losses = ", ".join({*own.values()} if alike else (f"{name}: {loss}" for name, loss in own.items()))
     plots = (
         _curves(results, sources, "loss", "loss", f"Loss by epoch; each run's own ({losses})."),
         _curves(results, sources, "accuracy", "accuracy (%)", "Accuracy by epoch."),
