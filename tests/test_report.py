@@ -924,6 +924,21 @@ class TestRefusals:
         write(own, result(kind="sweep", data="c.npz"))  # none is on the data of the training
         assert [m.files for m in read_results([run]).measurements] == [(other,)]
 
+    def test_of_a_run_the_results_on_what_it_was_trained_on_come_last_and_are_told(self, tmp_path: Path) -> None:
+        """A .npz has no test part, so that by default a sweep measures on it."""
+        run = run_folder(tmp_path / "a", data="own.npz")
+        own = write(run / "a.sweep.json", result(kind="sweep", data="own.npz", trained_on=True))
+        told = "trained on, which has no test part (a: 200 images of own.npz): accuracy on new images may be lower"
+        assert any(told in note for note in read_results([run]).notes)
+        test = write(run / "b.sweep.json", result(kind="sweep", data="test.npz"))
+        results = read_results([run])
+        assert [m.files for m in results.measurements] == [(test,)]
+        left_out = f"a a is left out: it is on own.npz, not test.npz; by itself: tetdeploy report {own}"
+        assert results.notes == (left_out,)
+        own.unlink()
+        write(run / "b.validate.json", result(data="own.npz", trained_on=True))  # of the same model
+        assert [m.files for m in read_results([run]).measurements] == [(test,)]
+
     @pytest.mark.parametrize("measured", [False, True])
     def test_trainings_on_different_data_with_one_of_them_not_measured(self, tmp_path: Path, measured: bool) -> None:
         one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two", data="cifar10")

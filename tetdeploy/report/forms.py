@@ -55,6 +55,7 @@ RESULT = {
     "model_sha256": str,
     "checkpoint_sha256": str,
     "images_sha256": str,
+    "trained_on": bool,
     "trained_T": STEP,
     "layout": str,
     "encoding": str,

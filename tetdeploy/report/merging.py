@@ -23,10 +23,10 @@ _ENTRIES = ("layers", "neurons", "by_class")  # each with rows by T
 def merged(contents: Mapping[Path, dict[str, Any]]) -> tuple[dict[str, Any], list[Path], list[str]]:
     """What was measured of one model.
 
-    A result with accuracies leads, of two such the one of the later kind in `KINDS`, but a sweep or a validation of the
-    same model on more images comes first. It takes what it lacks, steps among it, from the others if they measured the
-    same images, and the agreement with PyTorch whatever images that is of: an export's reference images have no part in
-    the accuracy.
+    A result with accuracies leads, of two such one on images that were not trained on, then the one of the later kind
+    in `KINDS`, but a sweep or a validation of the same model on more images comes first. It takes what it lacks, steps
+    among it, from the others if they measured the same images, and the agreement with PyTorch whatever images that is
+    of: an export's reference images have no part in the accuracy.
 
     Args:
         contents: of one result file or several, as `read_result` gives them.
@@ -62,8 +62,8 @@ def has_accuracy(content: Mapping[str, Any]) -> bool:
     return any(row.get("accuracy") is not None for row in content["rows"])
 
 
-def _rank(content: Mapping[str, Any]) -> tuple[bool, int]:
-    return has_accuracy(content), KINDS.index(content["kind"])
+def _rank(content: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    return has_accuracy(content), not content.get("trained_on"), KINDS.index(content["kind"])
 
 
 def _of_most_images(ordered: Sequence[Path], contents: Mapping[Path, Mapping[str, Any]]) -> Path:

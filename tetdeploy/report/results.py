@@ -297,12 +297,15 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
 
 def _on_one_data_set(measured: list[tuple[str, Measurement]], notes: list[str]) -> list[tuple[str, Measurement]]:
     """The results in a folder whose accuracies are on the data of the training, or else on those of the first one: what
-    is on other data does not compare, as where a network is tried on images of another kind, too."""
+    is on other data does not compare, as where a network is tried on images of another kind, too. Those on the very
+    images that were trained on come last."""
     data = _measured_on(m for _, m in measured if has_accuracy(m.content))
     if len(set(data.values())) < 2:
         return measured
+    own = {data[m.name] for _, m in measured if m.name in data and m.content.get("trained_on")}
+    names = [name for name in data.values() if name not in own] or [*data.values()]
     trained_on = {_data_name(m.run.data.get("name", "")) for _, m in measured if m.run}
-    kept = next((name for name in data.values() if name in trained_on), next(iter(data.values())))
+    kept = next((name for name in names if name in trained_on), names[0])
     comparable = []
     for stem, m in measured:
         if (on := data.get(m.name, kept)) == kept:
@@ -384,6 +387,13 @@ def _cautions(sources: Sequence[Source]) -> Iterator[str]:
             for m, sha256 in zip(measured, hashes, strict=True)
         )
         yield f"The models were measured on different images ({listed}): compare them with care."
+    own = [m for m in measured if m.content.get("trained_on") and has_accuracy(m.content)]
+    if own:
+        listed = ", ".join(f"{m.name}: {m.images}" for m in own)
+        yield (
+            f"Measured on the file that was trained on, which has no test part ({listed}): accuracy on new images may "
+            "be lower; tetdeploy sweep takes others with --data TEST.npz."
+        )
     ran_on = {m.ran_on for m in measured}
     if len(ran_on) > 1:
         listed = ", ".join(sorted(ran_on))
