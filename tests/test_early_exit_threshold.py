@@ -148,7 +148,7 @@ def test_a_confident_threshold_and_all_above_it_are_shown_to_lose_less(seed: int
 
 
 def test_a_confident_threshold_holds_on_other_images() -> None:
-    """Of draws of 2,000 images one in forty may lose more elsewhere; the best on the draw does so every other time."""
+    """Of draws of 2,000 images one in forty may lose more elsewhere; the best on the draw does so in most cases."""
     generator = np.random.default_rng(0)
 
     def draw(count: int) -> Answers:
@@ -169,7 +169,7 @@ def test_a_confident_threshold_holds_on_other_images() -> None:
         frontier = Frontier.of(draw(2000), "margin")
         for confident in exceeded:
             exceeded[confident] += true_loss(frontier.cheapest(0.01, confident=confident).exit.threshold) > 0.01
-    assert exceeded[True] <= 4 < 20 <= exceeded[False]
+    assert exceeded[True] <= 4 < 30 < exceeded[False]
 
 
 def test_the_criterion_of_fewer_steps_is_taken() -> None:

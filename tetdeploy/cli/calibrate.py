@@ -72,7 +72,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     default=True,
     help="confident: a test must show that less than --loss is lost, at the threshold and all above it, so that this "
     "nearly always holds on other images too; it takes thousands of images. point-estimate: the loss found on these "
-    "images alone must stay within --loss, which other images exceed half of the time. [default: confident]",
+    "images alone must stay within --loss, which other images exceed in most cases. [default: confident]",
 )
 @click.option("--min-T", "min_T", type=AT_LEAST_1, default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1)

@@ -177,8 +177,7 @@ class Frontier:
         Args:
             confident: `shows_less` says so of it and of every threshold above it: of thousands of thresholds the best
                 on some images is lucky there. (Fixed sequence testing: Angelopoulos et al., Learn then Test, Annals of
-                Applied Statistics 2025.) False judges by the loss found alone, which other images exceed every other
-                time.
+                Applied Statistics 2025.) False judges by the loss found alone, which other images exceed in most cases.
         """
         check_flag("confident", confident)
         if confident:
