@@ -22,6 +22,7 @@ from report_helpers import (
     EARLY_EXIT,
     Page,
     epoch,
+    items,
     reached,
     result,
     run_folder,
@@ -222,6 +223,16 @@ class TestSections:
         assert "0.03 pJ an addition (AC), 0.23 pJ a multiply-accumulate (MAC; 4.6 pJ in layers of" in note_of(files)
         files = [files[1], write(tmp_path / "c.json", result(constants=None))]
         assert "; c: No constants are given. As in" in note_of(files)
+
+    def test_the_precision_of_a_model_is_told(self, tmp_path: Path) -> None:
+        """Its training has another one."""
+        content = result()
+        content["layers"][1]["precision"] = "int8"
+        for name, whole, precision in (("a", content, "int8, fp32"), ("b", result(), "fp32")):
+            results = read_results([write(tmp_path / f"{name}.json", whole)])
+            assert ("precision of its layers", precision) in tables(results, "Versions and hashes")[-1].rows
+            (card,) = items(results, "At a glance")[0].cards  # type: ignore[union-attr]
+            assert dict(card.facts).get("precision of its layers") == (precision if name == "a" else None)
 
     def test_many_parts_per_million_are_written_out_as_in_the_terminal(self, tmp_path: Path) -> None:
         content = result()

@@ -280,6 +280,7 @@ def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
         ("model", "runs/a/model-T3.onnx"),
         ("its SHA-256", "ab" * 32),
         ("layout", "unrolled"),
+        ("precision of its layers", "fp32"),
         ("data", "200 images of digits"),
         ("their SHA-256", "ef" * 32),
         ("device", "cpu"),

@@ -67,6 +67,12 @@ class Measurement:
         return images_of(self.content["num_samples"], self.content["data"])
 
     @property
+    def precision(self) -> str:
+        """Of the model's layers: `fp32`, or `int8, fp32` of one with both; "" where that is not told."""
+        found = {layer.get("precision") for layer in self.content.get("layers") or []}
+        return ", ".join(sorted((precision for precision in found if precision), reverse=True))
+
+    @property
     def ran_on(self) -> str:
         """What its latencies belong to: `cpu`, `cpu with openvino`."""
         device, runtime = self.content.get("device") or "cpu", self.content.get("runtime") or "onnxruntime"
@@ -97,7 +103,7 @@ class Measurement:
     def float32_ann_pj(self) -> float | None:
         """As `ann_pj`, of the twin in float32, as which an ANN is trained: at this result's prices if its layers are
         in float32 as well, or else at the usual ones."""
-        if {layer.get("precision") for layer in self.content.get("layers") or []} == {"fp32"}:
+        if self.precision == "fp32":
             return self.ann_pj
         mac_ops = (self.content.get("ann") or {}).get("mac_ops")
         return None if mac_ops is None else float(mac_ops) * CONSTANTS["fp32"].mac_pj

@@ -37,6 +37,7 @@ def _measurement_table(m: Measurement) -> Table:
         "model": content["model"],
         "its SHA-256": content.get("model_sha256"),
         "layout": content.get("layout"),
+        "precision of its layers": m.precision,
         "data": m.images,
         "their SHA-256": content.get("images_sha256"),
         "device": content.get("device"),

@@ -28,6 +28,7 @@ def _measured(m: Measurement) -> Card:
         (f"accuracy at {where}", percent(row.get("accuracy"), std["accuracy"])),
         ("mean of", m.counted_seeds),
         ("measured on", m.images),
+        ("precision of its layers", NONE if m.precision in ("", "fp32") else m.precision),
         ("energy per image", energy(row.get("energy_pj"), std["energy_pj"])),
         ("against its ANN twin", _against(row.get("ann_ratio"), m, row.get("energy_pj"))),
         ("spikes per neuron and step", rate(row.get("firing_rate"), std["firing_rate"])),
