@@ -32,6 +32,7 @@ from report_helpers import (
     write,
 )
 
+from tetdeploy import load
 from tetdeploy.cli import main
 from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.numbers import count, energy, milliseconds
@@ -991,6 +992,8 @@ class TestCommand:
         at_trained = next(row for row in sweep["rows"] if row["T"] == 2)
         assert f"{at_trained['accuracy']:.2%}" in found.texts
         assert sweep["model_sha256"] in found.texts
+        parameters = sum(p.numel() for p in load("runs/tet").parameters())
+        assert found.texts[found.texts.index("parameters") + 1] == f"{parameters:,}"
         assert sweep["checkpoint_sha256"] == sha256_of(tmp_path / "runs/tet/checkpoint.safetensors")
         assert "is of another" not in found.text
         titles = [s.split(",")[0] for s in ("What was trained, on what and how", "Training", *ALL[:5], *ALL[6:])]

@@ -95,6 +95,16 @@ def _inspect_safetensors(file: Path) -> dict[str, Any]:
     return {"kind": "checkpoint"} | read_metadata(file) | _modules(tensors)
 
 
+def count_parameters(file: Path) -> int:
+    """How many parameters the weights of a .safetensors file have.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    parameters: int = _modules(_tensors(file)[0])["parameters"]
+    return parameters
+
+
 def _tensors(file: Path) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
     """Type and shape of each tensor, and the file's metadata."""
     header = read_header(file)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import read_metadata
+from tetdeploy.inspection import count_parameters
 from tetdeploy.report.forms import RESULT, RUN, SUMMARY
 from tetdeploy.storage.files import MODELS
 from tetdeploy.storage.form import check_form, parse_json
@@ -29,6 +30,7 @@ class Run:
         metrics: one record an epoch.
         checkpoint: the metadata of its best weights; {} without any.
         restarted: after so many epochs, which another run trained (`--restart-from`); None if it was not.
+        parameters: how many its best weights have; None without any.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class Run:
     metrics: tuple[dict[str, Any], ...]
     checkpoint: dict[str, Any]
     restarted: int | None = None
+    parameters: int | None = None
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -82,10 +85,12 @@ def read_run(folder: Path) -> Run:
     config = json_object(folder / CONFIG_NAME)
     _check(folder / CONFIG_NAME, config, RUN)
     checkpoint = folder / CHECKPOINT_NAME
-    metadata = read_metadata(checkpoint) if checkpoint.is_file() else {}
+    metadata, parameters = {}, None
+    if checkpoint.is_file():
+        metadata, parameters = read_metadata(checkpoint), count_parameters(checkpoint)
     parts = (config["network"], config["data"], config["training"])
     restarted = (config.get("restarted") or {}).get("epoch")
-    return Run(folder, *parts, tuple(read_metrics(folder)), metadata, restarted)
+    return Run(folder, *parts, tuple(read_metrics(folder)), metadata, restarted, parameters)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

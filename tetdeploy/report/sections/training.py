@@ -127,7 +127,10 @@ def _losses(run: Run) -> str:
 
 def _kept_epochs(sources: Sequence[Source]) -> Table:
     runs = {name: run for source in sources for name, run in source.runs.items() if run.metrics}
-    caption = "The epoch whose weights were kept, and the time of all epochs."
+    caption = (
+        "The epoch whose weights were kept, which is the one with the highest validation accuracy (of the last stage; "
+        "the last epoch where there are no validation images), and the time of all epochs."
+    )
     if gone := [name for name, run in runs.items() if not run.checkpoint]:
         caption += (
             f" Of {', '.join(gone)}, whose checkpoint is not here, it is the one that training keeps by these numbers."
