@@ -40,7 +40,7 @@ from tetdeploy.early_exit.threshold import (
 )
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
-from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared, savings_shown
+from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared, savings_shown, turned
 from tetdeploy.report.early_exit import rule as rule_shown
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
@@ -417,12 +417,14 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert f"{content['mean_T']:.2f}" in done.output and "time of the run" in done.output
     assert "promises nothing" not in done.output
     same = "the threshold was found on these very images"
-    assert same in done.output
+    assert same in done.output and result["early_exit"]["calibrated_on"]
+    assert "was found on these very images: on others it may lose more" in turned(result["early_exit"])
     options = "--limit", 50, "--batch-size", 16, "--json", tmp_path / "longer.json"
     done = run("early-exit", model, "--data", held_out, "--T", T + 1, *options)
     said = " ".join(done.output.split())
     assert done.exit_code == 0 and f"was found for T={T} and promises nothing against T={T + 1}; for that run" in said
-    assert same not in said  # but on more of them
+    longer = json.loads((tmp_path / "longer.json").read_text())["early_exit"]
+    assert same not in said and "very images" not in turned(longer)  # but on more of them
     longer = json.loads((tmp_path / "longer.json").read_text())
     assert (longer["data"], longer["num_samples"]) == (str(held_out), 50)
     assert [longer["early_exit"][key] for key in ("T", "batch_size")] == [T + 1, 16]

@@ -80,6 +80,7 @@ def early_exit(
         result = measure(engine, x, labels, rule.exit, T, data=name, batch_size=batch_size, tick=tick)
     result["early_exit"]["confident"] = rule.confident
     if result["images_sha256"] == rule.images_sha256:
+        result["early_exit"]["calibrated_on"] = True
         console.print(
             "the threshold was found on these very images, so what it keeps looks better than it is; give others with "
             "--data",

@@ -30,6 +30,7 @@ _EARLY_EXIT = {
     "threshold!": NUMBER,
     "min_T!": STEP,
     "confident": bool,
+    "calibrated_on": bool,
     "T!": STEP,
     "accuracy!": FRACTION,
     "fixed_accuracy!": FRACTION,
