@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -386,7 +387,15 @@ def test_an_export_and_a_new_run_say_that_they_check_on_what_was_trained_on(
     val_set = split_validation(load_data("own.npz", "train", data_dir=Path("nowhere")), fraction=0.1)[1]
     note_trained_on(reordered, trained.metadata, val_set, 0.1)
     assert "own held out other images and was trained on some of these" in capsys.readouterr().out
+    note_trained_on(reordered, trained.metadata, val_set, 0.05)
+    assert capsys.readouterr().out == ""
     note_trained_on(reordered, trained.metadata, val_set, 0.2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "own held out only 0.1 of its images and was trained on some of these" in said and "fraction 0.1" in said
+    all_of_it = {**trained.metadata, "training": {"T": 4, "val_fraction": 0.0}}
+    note_trained_on(reordered, all_of_it, val_set, 0.1)
+    assert "own held out none of its images and was trained on some of these" in capsys.readouterr().out
+    note_trained_on(reordered, all_of_it, replace(val_set, name="other.npz"), 0.1)
     assert capsys.readouterr().out == ""
 
 

@@ -13,6 +13,7 @@ import click
 from tetdeploy.cli.recipe import is_given, is_typed
 from tetdeploy.cli.terminal import console
 from tetdeploy.names import is_own_model
+from tetdeploy.storage.provenance import own_fraction
 from tetdeploy.storage.run_folder import latest_run, seeds_folder, without_latest
 
 if TYPE_CHECKING:
@@ -260,10 +261,23 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Checkpoint) -> 
 
 
 def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, val_fraction: float) -> None:
-    """Say so if `data`, to validate on, are not what the run of `init` held out by the same share of the same set."""
-    from tetdeploy.data import holds_out_others, remedy_of_others
+    """Say so if some of `data`, to validate on, are not among what the run of `init` held out of the same set: of a
+    larger share some are not, of the same share all are unless their order is another."""
+    from tetdeploy.data import holds_out_others, remedy_of_others, same_data
 
-    training = metadata["training"]
+    training, held_out = metadata["training"], own_fraction(metadata)
+    if held_out < val_fraction and same_data(data.name, metadata["data"]["name"]):
+        share, remedy = (
+            ("none", "judge by the test set")
+            if not held_out
+            else (f"only {held_out:g}", f"take --val-fraction {held_out:g}")
+        )
+        console.print(
+            f"{data.name}: {init} held out {share} of its images and was trained on some of these, so the validation "
+            f"accuracy will look better than it is; {remedy}",
+            style="yellow",
+        )
+        return
     if data.encoding == "frames" and data.x.shape[1] != training.get("T"):  # the same recordings cut otherwise
         return
     if training.get("val_fraction") == val_fraction and holds_out_others(data.name, data, metadata["data"]):
