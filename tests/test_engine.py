@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import importlib.metadata
@@ -446,8 +447,17 @@ def test_weights_in_another_file_are_refused(tmp_path: Path, monkeypatch: pytest
     for runtime in ("onnxruntime", "openvino"):
         with pytest.raises(ValueError, match=r"^m\.onnx keeps weights in another file \(external data\), as no export"):
             Engine("m.onnx", runtime=runtime)
+    usual = b"\n\x08location\x12\x01w"
+    Path("turned.onnx").write_bytes(Path("m.onnx").read_bytes().replace(usual, b"\x12\x01w\n\x08location"))
+    with pytest.raises(ValueError, match=r"^turned\.onnx keeps weights in another file"):  # value before key
+        Engine("turned.onnx")
     onnx.save(onnx.load("m.onnx"), "joined.onnx")  # what the message says
     assert Engine("joined.onnx").run(images(2), 2).logits.shape == (2, 10)
+    overlaid = copy.copy(engine("dynamic"))
+    overlaid.__dict__.pop("counting_overlay", None)  # which is kept
+    overlaid.metadata = overlaid.metadata | {"counting_overlay": base64.b64encode(Path("m.onnx").read_bytes()).decode()}
+    with pytest.raises(ValueError, match=r"\.onnx keeps weights in another file"):
+        overlaid.count(images(2), 2)
 
 
 def test_bytes_are_refused_in_a_line() -> None:

@@ -25,7 +25,7 @@ from tetdeploy.engine_stream import Stream
 from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
 from tetdeploy.steps import MAX_T
-from tetdeploy.storage.model_file import check_outputs
+from tetdeploy.storage.model_file import check_outputs, refuse_external
 from tetdeploy.wording import first_line
 
 Array = NDArray[Any]
@@ -199,6 +199,7 @@ class Engine:
             raise ValueError(
                 f"{self.path} has damaged metadata: counting_overlay holds nothing; export the model again"
             )
+        refuse_external(overlay, self.path)
         return overlay
 
     def stream(self, batch: int = 1) -> Stream:

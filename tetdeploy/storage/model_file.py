@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,8 @@ from tetdeploy.wording import first_line, quoted
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
-_EXTERNAL = b"\n\x08location\x12"  # the key of a tensor's external data, as protocol buffers write it
+# The key of a tensor's external data, as protocol buffers may write it: its number and length may be longer, too.
+_EXTERNAL = re.compile(rb"(?:\n|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 _TENSOR = {"input!": str, "output!": str, "shape!": [STEP]}
 _METADATA = {
     "layout!": str,
@@ -67,12 +69,17 @@ def read_model(path: Path) -> bytes:
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {quoted(path)}")
     model = path.read_bytes()
-    if _EXTERNAL in model:  # which would be sought in the working directory, and which no SHA-256 of ours covers
+    refuse_external(model, path)
+    return model
+
+
+def refuse_external(model: bytes, path: Path) -> None:
+    """Refuse, with ValueError, a model that keeps weights in another file; it or its overlay was in the file `path`."""
+    if _EXTERNAL.search(model):  # which would be sought in the working directory, and which no SHA-256 of ours covers
         raise ValueError(
             f"{path} keeps weights in another file (external data), as no export of tetdeploy does: take the exported "
             f"file, or make one of both with onnx.save(onnx.load({str(path)!r}), 'joined.onnx')"
         )
-    return model
 
 
 def models_in(run: Path) -> list[Path]:
