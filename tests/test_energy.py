@@ -149,6 +149,14 @@ def test_sums_are_exact_where_float32_is_not() -> None:
     assert operations.counts["fc"].tolist() == [2.0**24 + 1] and operations.input_rate(layer, 1) == (2**24 + 1) / 2**26
 
 
+@pytest.mark.parametrize(("size", "kernel", "pad"), [(10**9, 3, 1), (5, 10**9, 0), (5, 3, 2**60), (2**15, 3, 1)])
+def test_a_layer_that_claims_more_than_memory_holds_is_refused(size: int, kernel: int, pad: int) -> None:
+    with pytest.raises(ValueError, match=r"^conv: its sizes claim more than 268,435,456 positions$"):
+        Layer("conv", (4, size, size), 6, (kernel, 3), (1, 1), ((pad, pad), (1, 1)), (1, 1))
+    with pytest.raises(ValueError, match=r"^fc: its sizes claim"):
+        Layer("fc", (5,), 3, positions=2**62)
+
+
 def test_layers_survive_json() -> None:
     layer = Layer("a.b", (4, 8, 9), 6, (3, 2), (2, 1), ((1, 0), (0, 2)), (1, 2), from_input=True, binary=False)
     for one in (layer, Layer("fc", (5,), 3, positions=7)):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 
+MOST_POSITIONS = 2**28  # of a layer, or of an axis times its kernel: as many numbers are in memory at once
 CONVENTIONS = {
     "paper": "the first layer multiplies, at every step; all others only add (TET, and most papers)",
     "exact": "every layer whose input is not binary multiplies, so that average pooling counts",
@@ -74,6 +75,12 @@ class Layer:
         axes = {len(values) for values in (self.kernel, self.strides, self.pads, self.dilations)}
         if axes != {len(self.kernel)} or len(self.input_shape) != 1 + len(self.kernel):
             raise ValueError(f"{self.name}: input_shape, kernel, strides, pads and dilations differ in their axes")
+        axes_reach = (
+            (size + sum(pads)) * kernel
+            for size, pads, kernel in zip(self.input_shape[1:], self.pads, self.kernel, strict=True)
+        )
+        if max(self.positions * math.prod(self.input_shape[1:]), *axes_reach, 0) > MOST_POSITIONS:
+            raise ValueError(f"{self.name}: its sizes claim more than {MOST_POSITIONS:,} positions")
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Layer:
