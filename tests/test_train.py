@@ -463,6 +463,14 @@ def test_a_kill_between_checkpoint_and_state_leaves_no_other_epoch_as_the_best(
     assert read_metadata(tmp_path)["provenance"]["epoch"] == 2
 
 
+def test_a_folder_that_is_removed_midway_is_a_run_again(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "run", toy(lambda count: shutil.rmtree(tmp_path / "run") if count == STEPS + 2 else None))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert (tmp_path / "run" / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
+    run(tmp_path / "run", resume=True)
+
+
 def test_a_checkpoint_that_is_gone_leaves_no_best_epoch_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -520,6 +520,8 @@ def _keep(
     writes = session.ranks.writes
     if writes:
         write_metrics(session.out, lines)
+        if not (session.out / CONFIG_NAME).is_file():  # the folder was moved or removed; the new one is a run, too
+            write_run_config(session.out, session.settings, resume=False)
     val_loss = record["val_tet_loss" if session.config.switch_to_tet else "val_loss"]
     this = Best(record["epoch"], record["val_accuracy"], val_loss, record["stage"])
     if state.best is None or state.best.is_beaten_by(this):
