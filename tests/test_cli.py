@@ -1479,6 +1479,7 @@ def test_a_machine_without_a_temporary_folder_is_told_what_to_do(
         MemoryError(),
         MemoryError("Unable to allocate 40 GiB for an array"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("Storage size calculation overflowed with sizes=[10, 4000000000000000000]"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],

@@ -26,8 +26,8 @@ from tetdeploy.system.extras import MissingExtraError
 from tetdeploy.system.signals import handled, terminations
 from tetdeploy.wording import first_line, visible
 
-# PyTorch's of a CPU, and of a GPU; cuBLAS's and cuDNN's, which take memory of their own
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+# PyTorch's of a CPU, of a tensor beyond any memory, and of a GPU; cuBLAS's and cuDNN's, which take memory of their own
+_OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation over", "out of memory", "_STATUS_ALLOC_FAILED")
 _OTHER_GPU = "no kernel image is available"  # CUDA's
 _OF_PATHS = ("Symlink loop", "Could not determine home directory")  # RuntimeErrors of pathlib, the first until 3.12
 _SAME_SECONDS = 5  # in which a second signal is no other
