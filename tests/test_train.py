@@ -1317,6 +1317,7 @@ with FileLock(sys.argv[1]):
     names = ("checkpoint.safetensors", "last.safetensors", "config.json", "metrics.jsonl", "summary.json")
     for name in (*names, "model.onnx"):  # the last of another command, which may be at work
         (tmp_path / f".{name}.k1ll3d.tmp").touch()
+    (tmp_path / ".tmpvi9B1S").touch()  # safetensors'
     run(tmp_path)
     assert [path.name for path in tmp_path.glob(".*")] == [".model.onnx.k1ll3d.tmp"]
 

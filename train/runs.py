@@ -167,8 +167,9 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _sweep(out: Path) -> None:
     """Remove what writes of this run that were killed have left: each is as large as what was written."""
-    for name in (CHECKPOINT_NAME, STATE_NAME, CONFIG_NAME, METRICS_NAME, SUMMARY_NAME):
-        for left in out.glob(f".{name}.*.tmp"):
+    names = (CHECKPOINT_NAME, STATE_NAME, CONFIG_NAME, METRICS_NAME, SUMMARY_NAME)
+    for pattern in (*(f".{name}.*.tmp" for name in names), ".tmp??????"):  # the last is what safetensors writes first
+        for left in out.glob(pattern):
             left.unlink()
 
 
