@@ -329,6 +329,14 @@ def test_counters_of_layers_that_the_metadata_do_not_name(tmp_path: Path) -> Non
         damaged.overlaid(damaged.counting_overlay)
 
 
+def test_layers_that_the_counters_do_not_count() -> None:
+    damaged = Engine(engine("dynamic").path)
+    first, *others = damaged.metadata["layers"]
+    damaged.metadata["layers"] = [first | {"from_input": False}, *others]  # what is read from images is not counted
+    with pytest.raises(ValueError, match=r"damaged metadata: counting_overlay lacks active\.encode\.0; export"):
+        damaged.count(images(2), 2)
+
+
 def test_counters_of_a_graph_that_was_optimised(tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "m.onnx"), 3

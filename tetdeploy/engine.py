@@ -182,7 +182,14 @@ class Engine:
     def count(self, x: Array, T: int | None = None) -> tuple[Result, dict[str, Array]]:
         """`run` on the counting graph. Also gives, by name: `active.<layer>`, nonzero inputs summed over channels,
         `[T, N, *spatial]`; `fired.<neurons>`, spikes per step and image, `[T, N]`."""
-        return self.run_with(self.counting_overlay, x, T, native=self.native)
+        result, counts = self.run_with(self.counting_overlay, x, T, native=self.native)
+        wanted = [layer.counter for layer in layers_of(self.metadata) if not layer.from_input]
+        wanted += [f"fired.{layer['name']}" for layer in self.metadata["neurons"]]
+        if lacking := [name for name in wanted if name not in counts]:
+            raise ValueError(
+                f"{self.path} has damaged metadata: counting_overlay lacks {', '.join(lacking)}; export the model again"
+            )
+        return result, counts
 
     @property
     def lacks_native(self) -> str | None:
