@@ -251,6 +251,9 @@ def test_an_engine_that_cannot_be_loaded_or_finds_no_memory_is_refused(
         ({"format": 2}, r"m\.engine\.json is a manifest of format 2"),
         ({"metadata": {"format": 1}}, r"m\.engine\.json has metadata of format 1; .*: export the model again"),
         ({"package": "other"}, r"m\.engine\.json is damaged; build it again"),
+        ({"package": ["tensorrt"]}, r"m\.engine\.json is damaged; build it again"),
+        ({"batch": 5}, r"m\.engine\.json is damaged; build it again"),
+        ({"batch": [1, 2]}, r"m\.engine\.json is damaged; build it again"),
     ],
     ids=[
         "version",
@@ -261,6 +264,9 @@ def test_an_engine_that_cannot_be_loaded_or_finds_no_memory_is_refused(
         "format",
         "format of the model",
         "package",
+        "package that is a list",
+        "batch that is a number",
+        "batch of two",
     ],
 )
 def test_an_engine_for_something_else_is_refused(

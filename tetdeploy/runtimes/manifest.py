@@ -36,6 +36,8 @@ def read_manifest(engine: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged; {AGAIN}") from error
     if known != 1:
         raise ValueError(f"{path} is a manifest of format {known}; this tetdeploy reads format 1")
-    if _NEEDED - manifest.keys() or manifest["package"] not in MODULES:
+    batch = manifest.get("batch")
+    is_range = isinstance(batch, list) and [type(value) for value in batch] == [int, int, int]
+    if _NEEDED - manifest.keys() or str(manifest["package"]) not in MODULES or not is_range:
         raise ValueError(f"{path} is damaged; {AGAIN}")
     return manifest | {"metadata": check_metadata(manifest["metadata"], path)}
