@@ -22,7 +22,7 @@ from tetdeploy.agreement import (
     validation,
 )
 from tetdeploy.engine import Engine
-from tetdeploy.sweep import running_class, summarise
+from tetdeploy.sweep import running_class, running_sum, summarise
 
 
 @pytest.fixture
@@ -71,6 +71,14 @@ def test_logits_by_step() -> None:
         assert [3 * sums.top1_agreement(t) for t in (1, 2, 3)] == pytest.approx([2, 1, 2])
         assert [sums.max_abs_logit_error(t) for t in (1, 2, 3)] == [2.0, 4.0, 4.0]
     assert running_class(per_step).tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
+
+
+def test_running_sums_are_those_of_numpy_to_the_bit() -> None:
+    per_step = np.random.default_rng(0).normal(size=(3, 50, 7)).astype(np.float32)
+    given = per_step.copy()
+    sums = running_sum(per_step)
+    assert sums.dtype == np.float32 and np.array_equal(sums, np.cumsum(per_step, axis=1))
+    assert np.array_equal(per_step, given)
 
 
 def test_what_is_tied_is_judged_by_the_logits_of_its_own_step() -> None:

