@@ -28,6 +28,8 @@ from .neuron_steps import Neurons
 from .operations import Layers
 from .reading import parse_graph
 
+_MOST_BYTES = 2**31 - 1  # of a protocol buffer, for whatever reads it
+
 
 def describe(
     model: ir.Model,
@@ -118,9 +120,18 @@ def versions() -> dict[str, str]:
 
 def serialised(model: ir.Model, path: Path) -> bytes:
     """A described model as it goes to `path`. If the one that is there differs in its date alone, it is that one, date
-    and all: calibrations and engines know a model by its SHA-256."""
+    and all: calibrations and engines know a model by its SHA-256.
+
+    Raises:
+        ValueError: it is larger than ONNX's files may be.
+    """
     proto = ir.to_proto(model)
     new: bytes = proto.SerializeToString()
+    if len(new) > _MOST_BYTES:
+        raise ValueError(
+            f"the graph takes {len(new) / 1e9:.2f} GB, and an ONNX file can be read up to {_MOST_BYTES / 1e9:.2f} GB; "
+            "take fewer weights, as with a smaller --width, or a precision of fewer bytes (fp16, int8)"
+        )
     try:
         there = path.read_bytes()
         created = parse_graph(there, path)[1]["created"]

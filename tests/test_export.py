@@ -938,6 +938,12 @@ def test_errors_do_not_name_files_that_are_gone(earlier: Path, monkeypatch: pyte
             export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
 
 
+def test_a_graph_larger_than_protocol_buffers_is_not_written(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.export.description._MOST_BYTES", 10_000)
+    with pytest.raises(ValueError, match=r"^the graph takes 0\.\d\d GB, and an ONNX file can be read up to 0\.00 GB"):
+        export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
+
+
 def test_symbols_of_which_one_begins_another_keep_apart() -> None:
     frames = ir.Value(shape=ir.Shape(("s7", "s77", 8)))
     merged = ir.node("Flatten", [frames])
