@@ -635,11 +635,13 @@ def test_the_test_images_of_a_folder_hold_no_others_in_memory(tmp_path: Path) ->
     assert images.base is None or images.base.nbytes == images.nbytes
 
 
-def test_folder_statistics_are_of_the_training_images(tmp_path: Path) -> None:
+def test_folder_statistics_are_of_the_training_images_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_tree(tmp_path)
     for path in (root / "test").rglob("*.*"):
         write_image(path, np.zeros((4, 6, 3), np.uint8))
-    train, test = (load_data(f"folder:{root}", split, data_dir=NO_DATA) for split in ("train", "test"))
+    train = load_data(f"folder:{root}", "train", data_dir=NO_DATA)
+    monkeypatch.setattr("tetdeploy.data.folder.channel_statistics", lambda images: pytest.fail("computed again"))
+    test = load_data(f"folder:{root}", "test", data_dir=NO_DATA)
     assert not test.images.any()
     assert (test.mean, test.std) == (train.mean, train.std) == channel_statistics(train.images)
 

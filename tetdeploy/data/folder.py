@@ -47,11 +47,12 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
     def decode() -> Arrays:
         # both splits at once: whether there are one or three channels depends on all images
         files = [ImageFile(path, Path(path).read_bytes) for path in paths]
-        return {"images": decode_images(files, text=f"decoding {root.name}")}
+        images = decode_images(files, text=f"decoding {root.name}")
+        return {"images": images, "mean_std": np.array(channel_statistics(images[:num_train]))}
 
-    images = Cache(root, paths).get(f"folder-{readable(root)}", decode)["images"]
     num_train = sum(map(len, train.values()))
-    mean, std = channel_statistics(images[:num_train])
+    kept = Cache(root, paths).get(f"folder-{readable(root)}", decode)
+    images, (mean, std) = kept["images"], map(tuple, kept["mean_std"].tolist())
     if split == "test":
         _warn_of_copies(root, paths, images, num_train)
     images, labels = one_part(split, num_train, images, labels)
