@@ -161,5 +161,5 @@ def _of_differing(current: Tensor, spikes: Tensor, different: Tensor, tau: float
 
 @torch.no_grad()
 def torch_latency(classifier: Classifier, x: NDArray[Any], steps: tuple[int, ...]) -> dict[int, float]:
-    """Median milliseconds of PyTorch for one image, by T; the T take turns, ten times after one to warm up."""
+    """Median milliseconds of PyTorch for one image, by T; they take turns, ten times at most, after one to warm up."""
     return median_ms(lambda image, t: run_network(classifier, torch.tensor(image), t), x, steps, repeats=10, warm_up=1)

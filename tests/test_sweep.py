@@ -183,6 +183,22 @@ def test_latency_is_the_median_after_a_warm_up_in_milliseconds(
         assert calls == [(T, k) for k in (1, 2, 0, 1, 2, 0, 1) for T in (1, 4)]
 
 
+@pytest.mark.parametrize(("a_call", "rounds"), [(30.0, 5), (15.0, 5), (5.0, 13), (1.0, 32)])
+def test_timing_ends_after_a_minute_and_three_rounds(
+    a_call: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of T = 1 to 64 a round alone may take that long."""
+    clock, calls = [0.0], []
+
+    def run(image: np.ndarray[Any, Any], T: int) -> None:
+        calls.append(T)
+        clock[0] += a_call
+
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert sweeping.median_ms(run, np.zeros((2, 2)), (4,), repeats=30, warm_up=2) == {4: 1e3 * a_call}
+    assert len(calls) == rounds
+
+
 def test_a_tally_goes_on_where_it_was_kept() -> None:
     engine = Engine(exported("unrolled"))
     x, labels = digits().images[:40], digits().labels[:40]

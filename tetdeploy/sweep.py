@@ -18,6 +18,8 @@ from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 from tetdeploy.storage.provenance import engine_provenance, images_provenance
 
+_MOST_SECONDS = 60  # of timing, after which no round begins but the first three
+
 
 @dataclass(frozen=True)
 class Row:
@@ -219,7 +221,7 @@ def sweep(
         x: images `[N, C, H, W]`, or frames `[N, T, C, H, W]` of which the first T are used.
         labels: `[N]`.
         data: the name that the result carries.
-        num_timed: timed calls for each latency.
+        num_timed: timed calls for each latency; fewer, but at least 3, once the timing has taken a minute.
         constants: picojoules of an operation; by default those for the model's precision.
         tick: called with the number of images done.
 
@@ -272,10 +274,13 @@ def median_ms(
 
     Args:
         x: images, of which each round takes the next, `[1, ...]`.
-        repeats, warm_up: rounds that count, and those before them that do not.
+        repeats, warm_up: rounds that count, of slow runs fewer, and those before them that do not.
     """
     seconds: dict[int, list[float]] = {t: [] for t in steps}
+    began = time.perf_counter()
     for repeat in range(-warm_up, repeats):
+        if repeat >= 3 and time.perf_counter() - began > _MOST_SECONDS:
+            break
         image = x[repeat % len(x)][None]
         for t in steps:
             start = time.perf_counter()
