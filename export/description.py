@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from tetdeploy import __version__
@@ -118,20 +119,30 @@ def versions() -> dict[str, str]:
     return {name: str(module.__version__) for name, module in modules.items()}
 
 
-def serialised(model: ir.Model, path: Path) -> bytes:
-    """A described model as it goes to `path`. If the one that is there differs in its date alone, it is that one, date
-    and all: calibrations and engines know a model by its SHA-256.
+def in_bytes(proto: onnx.ModelProto) -> bytes:
+    """A graph as a file holds it.
 
     Raises:
         ValueError: it is larger than ONNX's files may be.
     """
-    proto = ir.to_proto(model)
-    new: bytes = proto.SerializeToString()
-    if len(new) > _MOST_BYTES:
+    content: bytes = proto.SerializeToString()
+    if len(content) > _MOST_BYTES:
         raise ValueError(
-            f"the graph takes {len(new) / 1e9:.2f} GB, and an ONNX file can be read up to {_MOST_BYTES / 1e9:.2f} GB; "
-            "take fewer weights, as with a smaller --width, or a precision of fewer bytes (fp16, int8)"
+            f"the graph takes {len(content) / 1e9:.2f} GB, and an ONNX file can be read up to "
+            f"{_MOST_BYTES / 1e9:.2f} GB; take fewer weights, as with a smaller --width, or, if this is fp32, "
+            "--precision fp16 or int8"
         )
+    return content
+
+
+def serialised(model: ir.Model, path: Path) -> bytes:
+    """A described model as it goes to `path`. If the one that is there differs in its date alone, it is that one, date
+    and all: calibrations and engines know a model by its SHA-256.
+
+    Raises: see `in_bytes`.
+    """
+    proto = ir.to_proto(model)
+    new = in_bytes(proto)
     try:
         there = path.read_bytes()
         created = parse_graph(there, path)[1]["created"]

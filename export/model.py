@@ -33,7 +33,7 @@ from tetdeploy.wording import first_line
 
 from .causality import check_reached, check_steps, float_types, steps_to_check
 from .config import GPU_TARGETS, ExportConfig
-from .description import describe, describe_check, serialised
+from .description import describe, describe_check, in_bytes, serialised
 from .encoder import find_encoder, is_one_layer, split_encoder
 from .gate import check_graph, gate_runtimes
 from .half import HalfNetwork
@@ -346,6 +346,6 @@ def _build(
 def _in_memory(graph: LoweredGraph) -> Engine:
     with temporary_folder() as folder:
         file = folder / "model.onnx"
-        file.write_bytes(ir.to_proto(graph.model).SerializeToString())
+        file.write_bytes(in_bytes(ir.to_proto(graph.model)))
         with _without_naming(file):
             return Engine(file)

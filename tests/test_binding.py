@@ -306,6 +306,15 @@ def test_a_provider_whose_libraries_fail_is_refused(
         Engine(model, device=device)
 
 
+def test_a_gpu_without_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = exported("step")
+    gpu_build(monkeypatch, [])
+    full = Mock(side_effect=RuntimeError("cuda_call.cc:154 CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc"))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", full)
+    with pytest.raises(MemoryError, match=r"\.onnx cannot be loaded: CUDA failure 2: out of memory$"):
+        Engine(model, device="cuda")
+
+
 @pytest.mark.parametrize(
     ("device", "said", "match"),
     [

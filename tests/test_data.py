@@ -611,7 +611,8 @@ def test_folder_reads_every_image_with_its_class(tmp_path: Path) -> None:
     for image in data.images:
         first = int(image[0, 0, 0])
         wanted = noise(4, 6, 3, seed=100 * (first // 10) + first % 10).transpose(2, 0, 1)
-        np.testing.assert_array_equal(image[:, 1:-1], wanted[:, 1:-1])
+        wanted[:, -1, -1] = 0
+        np.testing.assert_array_equal(image[:, 1:], wanted[:, 1:])
 
 
 def test_test_images_that_are_training_images_are_named(tmp_path: Path) -> None:

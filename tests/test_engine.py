@@ -456,9 +456,13 @@ def test_weights_in_another_file_are_refused(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ValueError, match=r"^m\.onnx keeps weights in another file \(external data\), as no export"):
             Engine("m.onnx", runtime=runtime)
     usual = b"\n\x08location\x12\x01w"
-    Path("turned.onnx").write_bytes(Path("m.onnx").read_bytes().replace(usual, b"\x12\x01w\n\x08location"))
-    with pytest.raises(ValueError, match=r"^turned\.onnx keeps weights in another file"):  # value before key
-        Engine("turned.onnx")
+    whole = Path("m.onnx").read_bytes()
+    assert usual in whole
+    # the value before the key; a number and a length that are longer than need be
+    for other in (b"\x12\x01w\n\x08location", b"\x8a\x80\x00\x88\x00location\x12\x01w"):
+        Path("turned.onnx").write_bytes(whole.replace(usual, other))
+        with pytest.raises(ValueError, match=r"^turned\.onnx keeps weights in another file"):
+            Engine("turned.onnx")
     onnx.save(onnx.load("m.onnx"), "joined.onnx")  # what the message says
     assert Engine("joined.onnx").run(images(2), 2).logits.shape == (2, 10)
     overlaid = copy.copy(engine("dynamic"))

@@ -395,6 +395,8 @@ def test_an_export_and_a_new_run_say_that_they_check_on_what_was_trained_on(
     all_of_it = {**trained.metadata, "training": {"T": 4, "val_fraction": 0.0}}
     note_trained_on(reordered, all_of_it, val_set, 0.1)
     assert "own held out none of its images and was trained on some of these" in capsys.readouterr().out
+    note_trained_on(reordered, {**trained.metadata, "training": {"T": 4}}, val_set, 0.1)  # as own loops write
+    assert "own does not say what it held out, and may have been" in " ".join(capsys.readouterr().out.split())
     note_trained_on(reordered, all_of_it, replace(val_set, name="other.npz"), 0.1)
     assert capsys.readouterr().out == ""
 

@@ -297,11 +297,13 @@ def test_the_best_epoch_is_one_of_those_after_the_restart(tmp_path: Path) -> Non
 
 def test_a_restarted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the time of all of an epoch's steps, wherever they were trained: here each takes a second."""
-    step, now = loop._train_step, [0.0]
+    step, now, lost = loop._train_step, [0.0], list[Path]()
 
     def timed(*arguments: Any) -> None:
         step(*arguments)
         now[0] += 1
+        for path in lost:
+            path.unlink(missing_ok=True)
 
     monkeypatch.setattr(loop, "_train_step", timed)
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -310,8 +312,11 @@ def test_a_restarted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     whole, resumed = classifier(), classifier()
     run(tmp_path / "whole", whole, restart_from=shards)
     interrupted(tmp_path / "second", 4, restart_from=shards)
+    lost.append(tmp_path / "second" / "config.json")
+    origin = json.loads(lost[0].read_text())["restarted"]
     run(tmp_path / "second", resumed, resume=True)
     assert same_weights(resumed, whole) and metrics(tmp_path / "second") == metrics(tmp_path / "whole")
+    assert json.loads(lost[0].read_text())["restarted"] == origin  # written anew
     for out in (tmp_path / "second", tmp_path / "whole"):
         assert [(r["seconds"], r["images_per_s"]) for r in read_metrics(out)] == [(STEPS, 8)] * 4
 

@@ -329,4 +329,4 @@ print(kernels.by_triton(on_gpu).__name__)
 def test_where_triton_cannot_build_its_launcher_plain_operations_run_and_that_is_said_once() -> None:
     said, found = run_compiled(WITHOUT_A_COMPILER)
     assert "Triton cannot launch kernels (Failed to find C compiler.): LIF neurons run on the GPU by plain" in said
-    assert "install a C compiler and Python's headers" in said and found == "tetdeploy.kernels.triton_lif"
+    assert "it needs the driver, a C compiler and Python's headers" in said and found == "tetdeploy.kernels.triton_lif"

@@ -200,7 +200,7 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
     kept = _resized(tensors, own, sizes) if other_classes and sizes[0] != sizes[1] else []
     tensors |= {name: own[name] for name in kept}
     check_keys(tensors, own, file)
-    if cast := [name for name in own if own[name].is_floating_point() != tensors[name].is_floating_point()]:
+    if cast := [name for name in own if own[name].is_floating_point() and not tensors[name].is_floating_point()]:
         raise ValueError(
             f"{file} holds {tensors[cast[0]].dtype} where the network has {own[cast[0]].dtype}, in "
             f"{shorten(cast, _KEYS_SHOWN)}: what scaled them is not there; take the file as it was written"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 
-MOST_POSITIONS = 2**28  # of a layer, or of an axis times its kernel: as many numbers are in memory at once
+_MOST_POSITIONS = 2**28  # of a layer, or of an axis times its kernel: as many numbers are in memory at once
 CONVENTIONS = {
     "paper": "the first layer multiplies, at every step; all others only add (TET, and most papers)",
     "exact": "every layer whose input is not binary multiplies, so that average pooling counts",
@@ -79,8 +79,8 @@ class Layer:
             (size + sum(pads)) * kernel
             for size, pads, kernel in zip(self.input_shape[1:], self.pads, self.kernel, strict=True)
         )
-        if max(self.positions * math.prod(self.input_shape[1:]), *axes_reach, 0) > MOST_POSITIONS:
-            raise ValueError(f"{self.name}: its sizes claim more than {MOST_POSITIONS:,} positions")
+        if max(self.positions * math.prod(self.input_shape[1:]), *axes_reach, 0) > _MOST_POSITIONS:
+            raise ValueError(f"{self.name}: its sizes claim more than {_MOST_POSITIONS:,} positions")
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Layer:

@@ -221,6 +221,8 @@ def _origin(
     else:
         parent = init if init is None or isinstance(init, Mapping) else weights_origin(init)
     found = {"init": parent, "code_sha256": code_sha256(task.classifier.config)}
+    if resume:
+        found["restarted"] = before.get("restarted")
     return {name: value for name, value in found.items() if value}
 
 

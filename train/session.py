@@ -256,12 +256,12 @@ def _remarks_on_counts(data: LabelledSet, *, by: str) -> list[str]:
             "into more frames (--T), or give shorter ones"
         )
     if by == "time" and data.x.shape[1] > 1:
-        events = data.x.sum((2, 3, 4), dtype=np.int64)
+        events = measured.sum((2, 3, 4), dtype=np.int64)
         if crowded := int((events.max(1) > 0.99 * events.sum(1)).sum()):
             lines.append(
-                f"{crowded:,} of {len(data):,} recordings of {data.name} have over 99% of their events in one frame: "
-                "is a first or last time wrong, or are times rounded, as seconds since 1970 are in float32? Frames of "
-                "equal counts, without by-time:, do not depend on times"
+                f"{crowded:,} of {len(measured):,} recordings of {data.name} have over 99% of their events in one "
+                "frame: is a first or last time wrong, or are times rounded, as seconds since 1970 are in float32? "
+                "Frames of equal counts, without by-time:, do not depend on times"
             )
     return lines
 

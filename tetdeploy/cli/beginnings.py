@@ -267,14 +267,14 @@ def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, 
 
     training, held_out = metadata["training"], own_fraction(metadata)
     if held_out < val_fraction and same_data(data.name, metadata["data"]["name"]):
-        share, remedy = (
-            ("none", "judge by the test set")
-            if not held_out
-            else (f"only {held_out:g}", f"take --val-fraction {held_out:g}")
-        )
+        remedy = f"take --val-fraction {held_out:g}" if held_out else "judge by the test set"
+        if training.get("val_fraction") is None:
+            will, said = "may", "does not say what it held out, and may have been trained on these"
+        else:
+            share = f"only {held_out:g}" if held_out else "none"
+            will, said = "will", f"held out {share} of its images and was trained on some of these"
         console.print(
-            f"{data.name}: {init} held out {share} of its images and was trained on some of these, so the validation "
-            f"accuracy will look better than it is; {remedy}",
+            f"{data.name}: {init} {said}, so the validation accuracy {will} look better than it is; {remedy}",
             style="yellow",
         )
         return

@@ -32,9 +32,10 @@ def download_torchvision(
             shutil.copy(archive, root)
         try:
             maker(root, download=True)
-        except urllib.error.URLError as error:
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             if archive.is_file():
-                raise RuntimeError(f"{error.reason}; {archive} is there, but damaged or cut short") from error
+                reason = getattr(error, "reason", error)
+                raise RuntimeError(f"{reason}; {archive} is there, but damaged or cut short") from error
             raise
 
     download(name, make, folder, data_dir, looked_for=looked_for)

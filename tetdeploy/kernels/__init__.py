@@ -155,10 +155,10 @@ def _triton_launches() -> bool:
 
     try:
         driver.active.utils  # noqa: B018 - builds it
-    except (RuntimeError, AssertionError, OSError, subprocess.CalledProcessError) as error:
+    except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError) as error:
         warnings.warn(
-            f"Triton cannot launch kernels ({first_line(error)}): {_PLAIN}; install a C compiler and Python's headers "
-            "(on Debian and Ubuntu gcc and python3-dev)",
+            f"Triton cannot launch kernels ({first_line(error)}): {_PLAIN}; it needs the driver, a C compiler and "
+            "Python's headers (on Debian and Ubuntu gcc and python3-dev)",
             stacklevel=2,
         )
         return False

@@ -123,11 +123,8 @@ def lost(entry: Mapping[str, Any]) -> str:
 
 
 def turned(early: Mapping[str, Any]) -> str:
-    """The paired flips in words; and of a threshold that is a point estimate, or was found on these very images, how
-    little it promises."""
+    """The paired flips in words; and of a threshold that is a point estimate, how little it promises."""
     flips = f"Against T={early['T']} for every image, answers turned wrong: {early['lost']}, right: {early['gained']}."
-    if early.get("calibrated_on"):
-        flips += " The threshold was found on these very images: on others it may lose more."
     if early.get("confident", True):
         return flips
     return f"{flips} The threshold is a point estimate: on other images it may well lose more than was allowed."

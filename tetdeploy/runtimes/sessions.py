@@ -137,6 +137,8 @@ class Sessions:
         except Exception as error:  # ONNX Runtime's own exception classes are private
             other = f"{self._device} cannot be used: check driver and libraries, or choose device='cpu'"
             if self._device != "cpu" and (reason := _GPU_FAILURE.search(str(error))):
+                if "out of memory" in reason[0]:
+                    raise MemoryError(f"{self._path} cannot be loaded: {reason[0].strip()}") from error
                 raise ValueError(f"{other} ({reason[0].strip()})") from error
             raise load_fault(self._path, error, f"; or {other}" if self._device != "cpu" else "") from error
         started = session.get_providers()

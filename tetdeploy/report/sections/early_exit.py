@@ -87,6 +87,8 @@ def _shares(early: dict[str, Any]) -> list[tuple[int, float]]:
 def _table(m: Measurement) -> Table:
     early = m.content["early_exit"]
     caption = f"{m.name}: {m.images}, stopping at {rule(early)}. {turned(early)}"
+    if early.get("calibrated_on"):
+        caption += " The threshold was found on these very images: on others it may lose more."
     if on := m.content.get("machine"):  # not always where the latencies of the same model were measured
         caption += f" Timed on {hardware(on)}, {on['provider']}."
     return Table(caption, ("", f"T={early['T']}", "early exit", ""), tuple(compared(early)))
