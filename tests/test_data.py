@@ -618,10 +618,11 @@ def test_folder_reads_every_image_with_its_class(tmp_path: Path) -> None:
 def test_test_images_that_are_training_images_are_named(tmp_path: Path) -> None:
     root = make_tree(tmp_path)
     (root / "test/cat/copy.png").write_bytes((root / "train/ant/0.png").read_bytes())
-    with pytest.warns(
-        RuntimeWarning, match=r"^1 of the 7 test images of .* too, pixel for pixel: .*test/cat/copy\.png;"
-    ):
-        load_data(f"folder:{root}", "test", data_dir=NO_DATA)
+    for _ in range(2):  # decoded, then from the cache
+        with pytest.warns(
+            RuntimeWarning, match=r"^1 of the 7 test images of .* too, pixel for pixel: .*test/cat/copy\.png;"
+        ):
+            load_data(f"folder:{root}", "test", data_dir=NO_DATA)
 
 
 def test_folder_order_is_mixed_and_repeatable(tmp_path: Path) -> None:
@@ -829,7 +830,7 @@ def test_a_fingerprint_is_of_paths_below_the_root_sizes_and_times(
     (folder / "train/cat/é\udcff.png").symlink_to("gone.png")
     monkeypatch.chdir(folder if root == "." else tmp_path)
     place = {"set": Path("set"), ".": Path(), "/": folder}[root]
-    digest = hashlib.sha256(b"3")
+    digest = hashlib.sha256(b"4")
     paths = sorted((place / "train").glob("*/*"))
     for path in paths:
         digest.update(os.fsencode(path.relative_to(root)))

@@ -484,7 +484,8 @@ def test_bytes_are_refused_in_a_line() -> None:
 @pytest.mark.parametrize("read", [Engine, inspect])
 def test_a_pointer_of_git_lfs(read: Callable[[Path], Any], tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    with pytest.raises(ValueError, match=r"m\.onnx is a pointer of Git LFS in place of the model; fetch that with:"):
+    message = r"m\.onnx is a pointer of Git LFS in place of the model; fetch the file with: git lfs pull$"
+    with pytest.raises(ValueError, match=message):
         read(tmp_path / "m.onnx")
 
 

@@ -183,9 +183,7 @@ class Engine:
         """`run` on the counting graph. Also gives, by name: `active.<layer>`, nonzero inputs summed over channels,
         `[T, N, *spatial]`; `fired.<neurons>`, spikes per step and image, `[T, N]`."""
         result, counts = self.run_with(self.counting_overlay, x, T, native=self.native)
-        wanted = [layer.counter for layer in layers_of(self.metadata) if not layer.from_input]
-        wanted += [f"fired.{layer['name']}" for layer in self.metadata["neurons"]]
-        if lacking := [name for name in wanted if name not in counts]:
+        if lacking := [name for name in self._counters if name not in counts]:
             raise ValueError(
                 f"{self.path} has damaged metadata: counting_overlay lacks {', '.join(lacking)}; export the model again"
             )
@@ -195,6 +193,12 @@ class Engine:
     def lacks_native(self) -> str | None:
         """Why the native operator cannot run where it would save time, and what to do; None if it can, or would not."""
         return native.missing() if gains_from_native(self.metadata, self.device, self.runtime) else None
+
+    @cached_property
+    def _counters(self) -> list[str]:
+        """What the counting graph has to give."""
+        layers = [layer.counter for layer in layers_of(self.metadata) if not layer.from_input]
+        return layers + [f"fired.{layer['name']}" for layer in self.metadata["neurons"]]
 
     @cached_property
     def counting_overlay(self) -> bytes:

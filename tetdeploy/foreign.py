@@ -22,7 +22,7 @@ from tetdeploy.arguments import check_count
 from tetdeploy.checkpoint import check_keys, save_checkpoint
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.storage.files import POINTER, sha256_of
+from tetdeploy.storage.files import lfs_pointer, sha256_of
 from tetdeploy.storage.provenance import written
 from tetdeploy.storage.run_folder import CHECKPOINT_NAME
 from tetdeploy.wording import shorten
@@ -225,8 +225,8 @@ def _read(path: Path) -> Any:
         content = path.read_bytes()
     except OSError as error:
         raise type(error)(f"cannot read {path}: {error.strerror}; give the file that torch.save wrote") from error
-    if content.startswith(POINTER):
-        raise ValueError(f"{path} is a pointer of Git LFS in place of the weights; fetch them with: git lfs pull")
+    if pointer := lfs_pointer(content, "weights"):
+        raise ValueError(f"{path} is {pointer}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickles, which end in the errors below

@@ -15,7 +15,7 @@ from tetdeploy.storage.files import cache_folder, opened_npz, write_npz
 
 Arrays = dict[str, NDArray[Any]]
 
-_FORMAT = "3"  # raise it when decoding or what is kept changes, so that older files are made anew
+_FORMAT = "4"  # raise it when decoding or what is kept changes, so that older files are made anew
 
 
 class Cache:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.storage.files import POINTER
+from tetdeploy.storage.files import lfs_pointer
 from tetdeploy.system.extras import import_extra
 from tetdeploy.system.machine import usable_cores
 from tetdeploy.wording import shorten
@@ -108,9 +108,8 @@ def open_image(data: bytes) -> Any:
     try:
         image = pillow.open(io.BytesIO(data), formats=_FORMATS)  # naming the formats is 5 times faster, too
     except pillow.UnidentifiedImageError:
-        if data.startswith(POINTER):
-            raise ValueError("a pointer of Git LFS; fetch the image with: git lfs pull") from None
-        raise ValueError(f"{len(data)} bytes that are no png, jpeg, webp or bmp") from None
+        fault = lfs_pointer(data, "image") or f"{len(data)} bytes that are no png, jpeg, webp or bmp"
+        raise ValueError(fault) from None
     deep = image.format == "PNG" and data[_PNG_DEPTH] == 16  # of colours Pillow keeps the upper 8 and calls them RGB
     if image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns of palettes with transparency

@@ -48,27 +48,31 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
         # both splits at once: whether there are one or three channels depends on all images
         files = [ImageFile(path, Path(path).read_bytes) for path in paths]
         images = decode_images(files, text=f"decoding {root.name}")
-        return {"images": images, "mean_std": np.array(channel_statistics(images[:num_train]))}
+        mean_std = np.array(channel_statistics(images[:num_train]))
+        return {"images": images, "mean_std": mean_std, "copies": _copies(images[:num_train], images[num_train:])}
 
     num_train = sum(map(len, train.values()))
     kept = Cache(root, paths).get(f"folder-{readable(root)}", decode)
     images, (mean, std) = kept["images"], map(tuple, kept["mean_std"].tolist())
-    if split == "test":
-        _warn_of_copies(root, paths, images, num_train)
+    if split == "test" and len(kept["copies"]):
+        _warn_of_copies(root, paths[num_train:], kept["copies"])
     images, labels = one_part(split, num_train, images, labels)
     return ImageSet(f"folder:{root}", split, images, labels, tuple(train), mean, std)
 
 
-def _warn_of_copies(root: Path, paths: list[str], images: NDArray[np.uint8], num_train: int) -> None:
-    known = {hash(image.tobytes()) for image in images[:num_train]}
-    tested = zip(paths[num_train:], images[num_train:], strict=True)
-    if copies := [path for path, image in tested if hash(image.tobytes()) in known]:
-        warnings.warn(
-            f"{len(copies):,} of the {len(images) - num_train:,} test images of {root} are training images too, pixel "
-            f"for pixel: {shorten(copies)}; accuracies on these say nothing of new images",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+def _copies(train: NDArray[np.uint8], test: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Which test images are training images, too."""
+    known = {hash(image.tobytes()) for image in train}
+    return np.array([index for index, image in enumerate(test) if hash(image.tobytes()) in known], np.int64)
+
+
+def _warn_of_copies(root: Path, test: list[str], copies: NDArray[np.int64]) -> None:
+    warnings.warn(
+        f"{len(copies):,} of the {len(test):,} test images of {root} are training images too, pixel for pixel: "
+        f"{shorten([test[index] for index in copies])}; accuracies on these say nothing of new images",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def one_part(

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from tetdeploy.storage.form import json_text, parse_json
 
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
-POINTER = b"version https://git-lfs"  # how what Git LFS leaves in a file's place begins, where it has not fetched that
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 # Of a zip archive, and of the header of an array, which NumPy parses as Python.
@@ -247,6 +246,13 @@ def read_json_lines(path: Path | str, check: Callable[[Any], object]) -> list[An
     return contents
 
 
+def lfs_pointer(start: bytes, what: str) -> str:
+    """What a file is that Git LFS has not fetched, and what to do; "" if `start`, its first 64 bytes or more, is not
+    that of such a file. `what` should be in its place, such as "weights"."""
+    is_one = start.startswith(b"version https://git-lfs")
+    return f"a pointer of Git LFS in place of the {what}; fetch the file with: git lfs pull" if is_one else ""
+
+
 def read_npz(path: Path | str) -> dict[str, NDArray[Any]]:
     """All arrays of a `.npz`.
 
@@ -266,8 +272,8 @@ def opened_npz(handle: BinaryIO, name: str) -> Iterator[Mapping[str, NDArray[Any
         ValueError: it is none, is damaged, or holds Python objects; what is taken is no array.
         OSError: it is a pointer of Git LFS.
     """
-    if handle.read(len(POINTER)) == POINTER:
-        raise OSError(f"{name} is a pointer of Git LFS in place of the arrays; fetch them with: git lfs pull")
+    if pointer := lfs_pointer(handle.read(64), "arrays"):
+        raise OSError(f"{name} is {pointer}")
     try:
         if not is_zipfile(handle):
             raise ValueError("it is no .npz, or is cut short")

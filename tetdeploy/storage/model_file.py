@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.energy import layers_of
-from tetdeploy.storage.files import POINTER
+from tetdeploy.storage.files import lfs_pointer
 from tetdeploy.storage.form import COUNT, NUMBER, STEP, check_form, parse_json
 from tetdeploy.storage.provenance import ORIGIN
 from tetdeploy.wording import first_line, quoted
@@ -107,8 +107,8 @@ def load_fault(path: Path, error: Exception, hint: str = "") -> ValueError | Mem
     if "std::bad_alloc" in str(error):
         return MemoryError(f"{path} cannot be loaded: {first_line(error)}")
     with suppress(OSError), path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            return ValueError(f"{path} is a pointer of Git LFS in place of the model; fetch that with: git lfs pull")
+        if pointer := lfs_pointer(file.read(64), "model"):
+            return ValueError(f"{path} is {pointer}")
     fault = "not an ONNX model, or a damaged one; export or copy it again"
     return ValueError(f"{path} cannot be loaded: {fault}{hint} ({first_line(error)})")
 

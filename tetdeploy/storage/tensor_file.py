@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdeploy.storage.files import POINTER, atomic_write, is_utf8
+from tetdeploy.storage.files import atomic_write, is_utf8, lfs_pointer
 from tetdeploy.storage.form import parse_json
 from tetdeploy.storage.model_file import METADATA_KEY
 from tetdeploy.system.extras import import_extra
@@ -105,9 +105,10 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(64)
             _refuse_others(path, start)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            file.seek(8)
+            length = struct.unpack_from("<Q", start)[0] if len(start) >= 8 else 0
             raw = file.read(length) if 0 < length <= min(size - 8, _HEADER_LIMIT) else b""
     except IsADirectoryError as error:
         raise ValueError(f"{path} is a folder; a checkpoint is a .safetensors file") from error
@@ -130,11 +131,11 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _refuse_others(path: Path, start: bytes) -> None:
-    if start == POINTER[:8]:  # as a length it would be beyond any header's
-        raise ValueError(f"{path} is a pointer of Git LFS in place of the weights; fetch them with: git lfs pull")
+    if pointer := lfs_pointer(start, "weights"):
+        raise ValueError(f"{path} is {pointer}")
     is_zip = start.startswith(b"PK\x03\x04")
     # Protocol 2 and later open with this byte and their number. No safetensors header is that short.
-    is_pickle = len(start) >= 2 and start[0] == 0x80 and start[1] in range(2, 6) and start[2:] != bytes(6)
+    is_pickle = len(start) >= 2 and start[0] == 0x80 and start[1] in range(2, 6) and start[2:8] != bytes(6)
     if is_zip or is_pickle:
         kind = "a zip archive, as torch.save writes" if is_zip else "a pickle"
         raise ValueError(

@@ -62,7 +62,7 @@ def settings(results: Results) -> Section | None:
 def _data_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {
         "network": [_network(run) for run in runs],
-        "parameters": [_count(run.parameters or None) for run in runs],
+        "parameters": [_count(run.parameters) for run in runs],
         "data": [str(run.data.get("name", NONE)) for run in runs],
         "channels × height × width": [" × ".join(map(str, run.data.get("image_shape") or ())) for run in runs],
         "classes": [str(run.network.get("num_classes", NONE)) for run in runs],
