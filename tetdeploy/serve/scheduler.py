@@ -239,12 +239,10 @@ class Scheduler(Generic[P, R]):
         self._hurry = True
         self._start()
 
-    async def drain(self, *, finish: bool = True) -> None:
-        """Take no more, finish what waits, or else only the call that runs, and end the thread."""
+    async def drain(self) -> None:
+        """Take no more, let go what waits, finish the call that runs, and end the thread."""
         self._stopping = True
-        if not finish:
-            self._waiting.cancel()
-        self.hurry()
+        self._waiting.cancel()
         while self._call is not None:
             await asyncio.wait([self._call])
         self._thread.shutdown()

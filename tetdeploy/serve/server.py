@@ -136,7 +136,7 @@ async def _stop_grpc(server: grpc.aio.Server, inferences: Inferences) -> int:
 async def _drain(models: list[OpenInferenceModel], end: float, cut_off: int) -> None:
     """Wait for the calls that run until `end`, and CALL_SECONDS at least, then leave: a thread has no other end."""
     loop = asyncio.get_running_loop()
-    drains = {model.name: loop.create_task(model.served.scheduler.drain(finish=False)) for model in models}
+    drains = {model.name: loop.create_task(model.served.scheduler.drain()) for model in models}
     await asyncio.wait(drains.values(), timeout=max(end - loop.time(), CALL_SECONDS))
     if running := [name for name, drain in drains.items() if not drain.done()]:
         logger.error(
