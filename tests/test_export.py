@@ -13,7 +13,7 @@ import platform
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -788,16 +788,6 @@ class Flattened(Small):
         return self.lif(pooled.reshape(*spikes.shape[:2], 256))
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "step"])
-def test_currents_in_other_shapes(layout: str, tmp_path: Path) -> None:
-    net = classifier(SideBySide(AddedTimeAxis, BroadcastCurrent, AsksForFloat32, Resized, Flattened))
-    x = digits().images[:40]
-    made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
-    runner = Engine(made.path, threads=1)
-    np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
-    assert len(runner.metadata["encoded"]) == (5 if layout == "step" else 0)
-
-
 class TakesTheImageTwice(Small):
     """The image reaches the second neurons as well as the first, and the logits."""
 
@@ -811,17 +801,6 @@ class TakesTheImageTwice(Small):
         spikes = self.lif(self.current(x, T)).flatten(2)
         logits: Tensor = self.readout(self.lif(self.layer2(spikes) + self.skip(x.flatten(1)).expand(T, -1, -1)))
         return logits + self.head(x.flatten(1))
-
-
-@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_an_image_that_is_read_behind_neurons(layout: Any, tmp_path: Path) -> None:
-    net, x = classifier(TakesTheImageTwice()), digits().images[:40]
-    for target in ("cpu", "cuda"):  # on a GPU, too, it is more than one layer
-        with shared_traces():
-            made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout, target=target), x)
-        runner = Engine(made.path, threads=1)
-        np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
-        assert len(runner.metadata["encoded"]) == (3 if layout == "step" else 0)
 
 
 class ShortcutOfTheCurrent(nn.Module):
@@ -842,12 +821,25 @@ class ShortcutOfTheCurrent(nn.Module):
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_a_current_that_neurons_and_layers_of_the_image_read(layout: str, tmp_path: Path) -> None:
-    net, x = classifier(ShortcutOfTheCurrent()), digits().images[:40]
-    made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
-    runner = Engine(made.path, threads=1)
-    np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
-    assert len(runner.metadata["encoded"]) == (2 if layout == "step" else 0)
+@pytest.mark.parametrize(
+    ("network", "encoded", "targets"),
+    [
+        (partial(SideBySide, AddedTimeAxis, BroadcastCurrent, AsksForFloat32, Resized, Flattened), 5, ["cpu"]),
+        (TakesTheImageTwice, 3, ["cpu", "cuda"]),  # on a GPU, too, it is more than one layer
+        (ShortcutOfTheCurrent, 2, ["cpu"]),
+    ],
+    ids=["currents in other shapes", "behind neurons", "by neurons and layers"],
+)
+def test_what_is_read_of_an_image(
+    network: Callable[[], nn.Module], encoded: int, targets: list[Any], layout: Any, tmp_path: Path
+) -> None:
+    net, x = classifier(network()), digits().images[:40]
+    for target in targets:
+        with shared_traces():
+            made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout, target=target), x)
+        runner = Engine(made.path, threads=1)
+        np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
+        assert len(runner.metadata["encoded"]) == (encoded if layout == "step" else 0)
 
 
 class Bare(nn.Module):
@@ -1250,19 +1242,40 @@ class Silent(Small):
         return self.behind(self.quiet(spikes * 0.1))
 
 
+class HardlyFires(Silent):
+    """`quiet` gets currents of 0.3 in images that make the first layer fire more than `least` times a step."""
+
+    def __init__(self, quiet: LIF, least: int, behind: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(behind)
+        self.quiet, self.least = quiet, least
+
+    def between(self, spikes: Tensor) -> Tensor:
+        fires = spikes.sum((2, 3, 4), keepdim=True) > self.least
+        return self.behind(self.quiet(fires.expand(spikes.shape) * spikes.new_tensor(0.3)))
+
+
+MIXES_TIME = "mixes time outside its neurons: its answer at step {} of T=4 differs"
+MIXES_IMAGES = "mixes the images of a batch: the currents of neurons 'lif'"
+
+
 @pytest.mark.parametrize(
-    ("behind", "match"),
+    ("network", "behind", "match"),
     [
-        (lambda y: y * (1 + y.mean(0)), "mixes time outside its neurons: its answer at step 1 of T=4 differs"),
-        (lambda y: y.cumsum(0), "mixes time outside its neurons: its answer at step 4 of T=4 differs"),
-        (lambda y: y.roll(1, 1), "mixes the images of a batch: the currents of neurons 'lif'"),
+        (Silent, lambda y: y * (1 + y.mean(0)), MIXES_TIME.format(1)),
+        (Silent, lambda y: y.cumsum(0), MIXES_TIME.format(4)),
+        (Silent, lambda y: y.roll(1, 1), MIXES_IMAGES),
+        (partial(HardlyFires, IF(), -1), lambda y: y.cumsum(0), MIXES_TIME.format(4)),
+        (partial(HardlyFires, LIF(v_th=0.2), 20), lambda y: y + y * (y.sum(1, keepdim=True) - y), MIXES_IMAGES),
     ],
+    ids=["time", "later time", "images", "time, at the last step alone", "images, of the brighter alone"],
 )
-def test_what_stands_behind_silent_neurons_is_checked(behind: Callable[[Tensor], Tensor], match: str) -> None:
+def test_what_stands_behind_neurons_that_hardly_fire_is_checked(
+    network: Callable[..., nn.Module], behind: Callable[[Tensor], Tensor], match: str
+) -> None:
     x = torch.from_numpy(digits().images[:2])
-    assert check_steps(untested(Silent()), x, "direct") == 3
+    assert check_steps(untested(network(lambda y: y)), x, "direct") == 3
     with pytest.raises(ValueError, match=match):
-        check_steps(untested(Silent(behind)), x, "direct")
+        check_steps(untested(network(behind)), x, "direct")
 
 
 def test_no_run_of_the_check_keeps_what_an_earlier_one_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1298,40 +1311,6 @@ class RoundsOtherwise(Small):
 @pytest.mark.parametrize("network", [RefusesLargeNumbers, RoundsOtherwise])
 def test_what_large_numbers_do_to_a_network_is_no_mixing_of_time(network: type[nn.Module]) -> None:
     assert check_steps(untested(network()), torch.from_numpy(digits().images[:2]), "direct") == 2
-
-
-class HardlyFires(Silent):
-    """`quiet` gets currents of 0.3 in images that make the first layer fire more than `least` times a step."""
-
-    def __init__(self, behind: Callable[[Tensor], Tensor], quiet: LIF, least: int) -> None:
-        super().__init__(behind)
-        self.quiet, self.least = quiet, least
-
-    def between(self, spikes: Tensor) -> Tensor:
-        fires = spikes.sum((2, 3, 4), keepdim=True) > self.least
-        return self.behind(self.quiet(fires.expand(spikes.shape) * spikes.new_tensor(0.3)))
-
-
-@pytest.mark.parametrize(
-    ("behind", "quiet", "least", "match"),
-    [
-        (lambda y: y.cumsum(0), IF(), -1, "mixes time outside its neurons: its answer at step 4 of T=4 differs"),
-        (
-            lambda y: y + y * (y.sum(1, keepdim=True) - y),
-            LIF(v_th=0.2),
-            20,
-            "mixes the images of a batch: the currents of neurons 'lif'",
-        ),
-    ],
-    ids=["at the last step alone", "of the brighter image alone"],
-)
-def test_what_stands_behind_neurons_that_hardly_fire_is_checked(
-    behind: Callable[[Tensor], Tensor], quiet: LIF, least: int, match: str
-) -> None:
-    x = torch.from_numpy(digits().images[:2])
-    assert check_steps(untested(HardlyFires(lambda y: y, quiet, least)), x, "direct") == 3
-    with pytest.raises(ValueError, match=match):
-        check_steps(untested(HardlyFires(behind, quiet, least)), x, "direct")
 
 
 def test_an_export_names_layers_that_no_checked_image_makes_fire(
