@@ -7,18 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from run_helpers import in_this_process
 
-from tetdeploy.cli import main
 from tetdeploy.data import load_data, save_npz
 
 DATA = os.environ.get("TETDEPLOY_DATA")
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.slow
@@ -29,9 +22,10 @@ def test_some_steps_train_export_and_sweep(tmp_path: Path, monkeypatch: pytest.M
     images = load_data("cifar10", "test", data_dir=Path(DATA))  # the training set takes five times as long to decode
     save_npz(images.select(slice(2_000, 6_000)), "train.npz")
     options = ("--T", "2", "--width", "0.25", "--batch-size", "32", "--augment", "crop-flip", "--lr", "3e-3")
-    run("train", "--data", "train.npz", *options, "--epochs", "1", "--warmup-epochs", "0.2", "--out", "run")
-    assert "top-1 agreement" in run("export", "run", "--T", "4", "--fold-bn", "--check", "200")
-    run("sweep", "run/model-T4.onnx", "--data", "cifar10", "--data-dir", DATA, "--limit", "1000", "--json", "s.json")
+    in_this_process("train", "--data", "train.npz", *options, "--epochs", "1", "--warmup-epochs", "0.2", "--out", "run")
+    assert "top-1 agreement" in in_this_process("export", "run", "--T", "4", "--fold-bn", "--check", "200")
+    of_test = ("--data", "cifar10", "--data-dir", DATA, "--limit", "1000")
+    in_this_process("sweep", "run/model-T4.onnx", *of_test, "--json", "s.json")
     rows = json.loads(Path("s.json").read_text())["rows"]
     assert [row["T"] for row in rows] == [1, 2, 3, 4]
     assert rows[1]["accuracy"] > 0.3  # ten classes: chance is 0.1

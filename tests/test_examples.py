@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from run_helpers import in_this_process
 
-from tetdeploy.cli import main
+from tetdeploy.export import preflight
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -34,8 +34,7 @@ def test_own_training_loop_learns_the_digits_and_ends_with_what_is_exported(
     monkeypatch.syspath_prepend(EXAMPLES)
     text = (EXAMPLES / "own_training_loop.py").read_text(encoding="utf-8")
     for line in re.findall(r"^    tetdeploy (.*)$", text, re.MULTILINE):
-        done = CliRunner().invoke(main, shlex.split(line))
-        assert done.exit_code == 0, done.output
+        in_this_process(*shlex.split(line))
     sweep = json.loads((tmp_path / "runs" / "own-loop" / "model-T6.sweep.json").read_text(encoding="utf-8"))
     assert sweep["trained_T"] == 2
     assert [100 * row["accuracy"] for row in sweep["rows"]] == pytest.approx([*accuracies.values()], abs=0.5)
@@ -47,12 +46,6 @@ def by_script(*arguments: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
-
-
-def in_this_process(*arguments: str) -> str:
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.slow
@@ -69,12 +62,13 @@ def test_own_networks_go_the_whole_path_by_the_commands_in_their_text(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the folder of the module, as the text says; only what they work on is cut short. The training, which asks in
-    one more process whether the network exports, is by the console script once: a process imports torch for seconds."""
+    """In the folder of the module, as the text says; only what they work on is cut short. The training is by the
+    console script once, which asks in one more process whether the network exports; each imports torch for seconds."""
     name = model.partition(":")[0]
     shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(preflight, "why_not", preflight._answer)
     text = Path(f"{name}.py").read_text(encoding="utf-8")
     train, export, sweep = (shlex.split(line) for line in re.findall(r"^    tetdeploy (.*)$", text, re.MULTILINE))
     assert [train[0], export[0], sweep[0]] == ["train", "export", "sweep"]

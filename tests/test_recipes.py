@@ -15,6 +15,7 @@ from tetdeploy.cli import main
 from tetdeploy.cli.recipe import read_recipe
 from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.data import DATA_NAMES
+from tetdeploy.export import preflight
 from tetdeploy.networks import NETWORKS, NetworkConfig
 from tetdeploy.storage.run_folder import latest_run
 from tetdeploy.train import TrainConfig
@@ -233,6 +234,7 @@ other = net
 
 def test_a_network_of_ones_own_learns_from_its_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose code may ask its neurons for their settings and their membranes."""
+    monkeypatch.setattr(preflight, "why_not", preflight._answer)  # in this process
     Path("taught_net.py").write_text(OWN)
     small = ("--epochs", "1", "--batch-size", "256")
     output = run("--ann", *small, "--model", "taught_net:net", "--out", "ann").output
@@ -241,7 +243,6 @@ def test_a_network_of_ones_own_learns_from_its_twin(tmp_path: Path, monkeypatch:
     assert "distilled from ann" in distilled
     inspected = CliRunner().invoke(main, ["inspect", "taught"]).output
     assert "taught_net:net" in inspected and "tau 0.5" not in inspected
-    monkeypatch.setattr("tetdeploy.export.preflight.why_not", lambda *_: None)  # as it was for the same network above
     said = refused("--distill", "ann", "--model", "taught_net:other", *small)
     assert "the teacher ann is a network of your own, taught_net:net, and the student is taught_net:other" in said
 
