@@ -890,10 +890,9 @@ def test_a_port_in_use_is_said(server: Server, which: str) -> None:
 
 
 def test_a_total_below_one_request_is_refused() -> None:
-    command = [sys.executable, "-m", "tetdeploy", "serve", str(exported("step")), "--max-total-mb", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 1
-    assert "raise --max-total-mb or lower --max-request-mb" in done.stderr and "Traceback" not in done.stderr
+    result = CliRunner().invoke(main, ["serve", str(exported("step")), "--max-total-mb", "10"])
+    assert result.exit_code == 1
+    assert "raise --max-total-mb or lower --max-request-mb" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--max-request-mb", "--max-total-mb"])
@@ -914,10 +913,9 @@ def test_sizes_are_whole_bytes() -> None:
 
 
 def test_an_unknown_runtime_is_refused() -> None:
-    command = [sys.executable, "-m", "tetdeploy", "serve", str(exported("step")), "--runtime", "abacus"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 1
-    assert "unknown runtime 'abacus'; choose one of onnxruntime, openvino" in done.stderr
+    result = CliRunner().invoke(main, ["serve", str(exported("step")), "--runtime", "abacus"])
+    assert result.exit_code == 1
+    assert "unknown runtime 'abacus'; choose one of onnxruntime, openvino" in result.stderr
 
 
 def test_two_models_of_one_name_are_refused() -> None:
