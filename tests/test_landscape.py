@@ -476,17 +476,17 @@ class TestFigure:
         steep = bowl()
         steep.sdt_loss **= 3  # levels lie close round the minimum
         steep.tet_loss[0] += 0.9 * np.add.outer(steep.alphas, steep.betas)  # levels cut off corners
-        thin_out, num_labels = landscape_figure._thin_out, []
+        thin_out, num_labels = landscape_figure.thin_out, []
 
-        def watched(panel: Any) -> None:
+        def watched(panel: Any, **options: Any) -> None:
             before = len(panel.texts)
-            thin_out(panel)
+            thin_out(panel, **options)
             boxes = [text.get_bbox_patch().get_window_extent() for text in panel.texts]
             assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
             assert all(panel.bbox.contains(*box.min) and panel.bbox.contains(*box.max) for box in boxes)
             num_labels.append((before, len(boxes)))
 
-        monkeypatch.setattr(landscape_figure, "_thin_out", watched)
+        monkeypatch.setattr(landscape_figure, "thin_out", watched)
         plot_landscape(steep, tmp_path / "plot.png", radius=0.5)
         assert len(num_labels) == 4
         assert any(before > after > 0 for before, after in num_labels)

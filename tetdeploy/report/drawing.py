@@ -99,19 +99,25 @@ def draw(
             columns = 1 if max(map(len, labels)) > 16 else min(2, len(labels))
             figure.set_figheight(height + 0.22 * -(-len(labels) // columns))
             figure.legend(handles, labels, loc="outside upper left", ncols=columns)
-        _thin_out(axes.texts)
+        if axes.texts:
+            figure.draw_without_rendering()  # lays them out
+        thin_out(axes)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return Plot(_inline(file.getvalue(), description), description, caption)
 
 
-def _thin_out(texts: Sequence[Any]) -> None:
-    """Remove each text that would lie on one before it: of many T those are left that can be read."""
-    for figure in {text.figure for text in texts}:
-        figure.draw_without_rendering()  # lays them out
+def thin_out(axes: Any, *, inside: bool = False) -> None:
+    """Remove each text, laid out, that would lie on one before it: of many those are left that can be read.
+
+    Args:
+        inside: remove also what the axes' frame cuts off.
+    """
     boxes = list[Any]()
-    for text, box in [(text, text.get_window_extent()) for text in texts]:
-        if any(map(box.overlaps, boxes)):
+    for text in [*axes.texts]:
+        box = (text.get_bbox_patch() or text).get_window_extent()
+        cut_off = inside and not all(axes.bbox.contains(*corner) for corner in (box.min, box.max))
+        if cut_off or any(map(box.overlaps, boxes)):
             text.remove()
         else:
             boxes.append(box)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from tetdeploy.report.drawing import any_letters, drawable, save_plot
+from tetdeploy.report.drawing import any_letters, drawable, save_plot, thin_out
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.system.extras import import_extra
 
@@ -105,7 +105,7 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
     with any_letters():
         figure.draw_without_rendering()  # so that the labels have their places
     for panel in axes.flat:
-        _thin_out(panel)
+        thin_out(panel, inside=True)  # some lines are named; the colour bar has all
     save_plot(figure, Path(path))
 
 
@@ -126,19 +126,6 @@ def _panel(panel: Any, landscape: Landscape, loss: NDArray[np.float64], levels: 
     panel.set_aspect("equal")
     panel.locator_params(nbins=5)
     return shades
-
-
-def _thin_out(panel: Any) -> None:
-    """Take away labels that would cover another or be cut off at the frame: some lines are named, and the colour bar
-    has all."""
-    kept: list[Any] = []
-    for text in list(panel.texts):
-        box = text.get_bbox_patch().get_window_extent()
-        whole = panel.bbox.contains(*box.min) and panel.bbox.contains(*box.max)
-        if not whole or any(box.overlaps(other) for other in kept):
-            text.remove()
-        else:
-            kept.append(box)
 
 
 def _levels(landscape: Landscape) -> tuple[list[float], Any]:
