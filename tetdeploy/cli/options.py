@@ -138,24 +138,17 @@ def _parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None)
         raise click.BadParameter(str(error)) from error
 
 
-json_option = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    callback=checked_output,
-    help="Also write the result here.",
-)
+def _json_option(text: str) -> Callable[[F], F]:
+    file = click.Path(path_type=Path, dir_okay=False)
+    return click.option("--json", "json_path", type=file, callback=checked_output, help=text)
+
+
+json_option = _json_option("Also write the result here.")
 
 
 def result_option(ending: str) -> Callable[[F], F]:
     """The --json of a command that always writes its result, by default beside the model, see `output_path`."""
-    return click.option(
-        "--json",
-        "json_path",
-        type=click.Path(path_type=Path, dir_okay=False),
-        callback=checked_output,
-        help=f"Where the result goes. [default: MODEL{ending}]",
-    )
+    return _json_option(f"Where the result goes. [default: MODEL{ending}]")
 
 
 def output_path(given: Path | None, engine: Engine, ending: str) -> Path:
