@@ -495,6 +495,16 @@ def test_what_a_reader_says_is_told_in_one_line(tmp_path: Path, monkeypatch: pyt
             (FIXTURES / "dvs128.aedat4").read_bytes().replace(b">128<", b">100<"),
             "it reaches the pixel x=1.., y=1.., outside the sensor of 100x100 pixels",
         ),
+        (
+            "a.aedat4",
+            (FIXTURES / "dvs128.aedat4").read_bytes().replace(b">128<", b">128\x80"),
+            "it is damaged: the text on its streams is no UTF-8: invalid start byte",
+        ),
+        (
+            "a.aedat4",
+            (FIXTURES / "dvs128.aedat4").read_bytes().replace(b"\xf2\x02\0\0<dv", b"\xf2\x02\0\xff<dv"),
+            "it is damaged: range end index",  # on which aedat panics
+        ),
     ],
 )
 def test_damaged_files_of_cameras_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -328,7 +328,13 @@ def _is_size(size: NDArray[Any]) -> bool:
 
 def read_aedat4(path: Path) -> Recording:
     """`.aedat4`, as iniVation's cameras and DVS-CIFAR10 have it."""
-    streams = import_extra("aedat", "events").Decoder(str(path)).id_to_stream()
+    _check_description(path)
+    try:
+        streams = import_extra("aedat", "events").Decoder(str(path)).id_to_stream()
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+            raise
+        raise ValueError(f"it is damaged: {error}") from error
     cameras = [streams[number] for number in sorted(streams) if streams[number]["type"] == "events"]
     if not cameras:
         raise ValueError("it has no stream of events")
@@ -340,6 +346,17 @@ def read_aedat4(path: Path) -> Recording:
         raise ValueError("it holds no event") from None
     t, x, y, p = (events[name].copy() for name in ("t", "x", "y", "on"))
     return Recording(t, x, y, p, (int(cameras[0]["height"]), int(cameras[0]["width"])))
+
+
+def _check_description(path: Path) -> None:
+    """Refuse an `.aedat4` whose text on its streams is no UTF-8, with ValueError: of that aedat ends the process."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(18)[14:], "little")
+        header = file.read(min(length, path.stat().st_size))
+    try:
+        header[header.find(b"<dv") : header.rfind(b">") + 1].decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is damaged: the text on its streams is no UTF-8: {error.reason}") from error
 
 
 def read_bin(path: Path) -> Recording:
