@@ -749,4 +749,4 @@ class TestCommand:
             in result.output
         )
         result = run("runs/long", "--split", "validation")
-        assert "Error: --split validation: a run held out no images" in result.output
+        assert "Error: --split validation: a run held out no images as far as it says" in result.output

@@ -157,8 +157,9 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     fraction = held if trained_on else 0.0
     if split == "validation" and not fraction:
         raise ValueError(
-            f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
-            "calibrate on; name others with --data, or take those it was trained on with --split train"
+            f"the training of {engine.path.name} held out no images as far as it says (val_fraction is 0 or missing), "
+            "so there are none to calibrate on; name others with --data, or take those it was trained on with --split "
+            "train"
         )
     if split == "train" and trained_on:
         console.print(
@@ -211,7 +212,10 @@ def load_part(
     if part == "train":
         return train
     if val is None:
-        raise ValueError("--split validation: a run held out no images (its val_fraction is 0); take train or test")
+        raise ValueError(
+            "--split validation: a run held out no images as far as it says (val_fraction is 0 or missing); take train "
+            "or test"
+        )
     if holds_out_others(name, val, known):
         raise ValueError(
             f"{name}: the training held out other images, and was trained on some of these: they are others or in "
