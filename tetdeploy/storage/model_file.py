@@ -85,8 +85,8 @@ def refuse_external(model: bytes, path: Path) -> None:
 
 def models_in(run: Path) -> list[Path]:
     """The exported models in a run's folder and beside its shards, then those of the runs of several seeds in it."""
-    folders = ("", "shards/", "seed-*/", "seed-*/shards/")  # where macOS writes `._` beside files
-    return [model for folder in folders for model in sorted(run.glob(f"{folder}[!.]*.onnx"))]
+    folders = ("", "shards/", "seed-*/", "seed-*/shards/")
+    return [model for folder in folders for model in sorted(run.glob(f"{folder}[!.]*.onnx"))]  # `._*` is macOS's
 
 
 def refuse_folder(path: Path) -> None:
