@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +18,12 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
 from tetdeploy.int8.network import Int8Network
+from tetdeploy.system.memory import reused_memory
 from tetdeploy.traced_network import Runnable, TracedNetwork
 
 from .audit import audit
 from .config import ExportConfig
+from .counters import spikes_overlay
 from .half import HalfNetwork
 from .parity import Parity, ParityError, compare, compare_folded
 from .progress import Progress
@@ -60,19 +64,33 @@ def check_graph(
         HalfError, Int8Error: a layer differs by more than rounding from that of the folded network.
         ValueError: OpenVINO cannot load the graph.
     """
-    engine, *others = (Engine(file, native=False, runtime=name) for name in gate_runtimes(config))
+    first, *others = gate_runtimes(config)
+    engine = Engine(file, native=False, runtime=first)
     T = config.steps_on(x, beyond=2)
     if isinstance(classifier, TracedNetwork):
         _check_folding(classifier, engine, x[:_NUM_FOLDED], T)
     if isinstance(classifier, HalfNetwork | Int8Network):
         some = torch.tensor(x[:_NUM_ROUNDED], device=classifier.mean.device)
         classifier.check_layers(some[:, :T] if config.encoding == "frames" else some, T)
-    found = _check_engine(classifier, engine, config, x, progress, answers)
+    with _opened(engine):
+        found = _check_engine(classifier, engine, config, x, progress, answers)
     own = classifier.classifier if isinstance(classifier, TracedNetwork) else classifier
     audit(own, engine, x[:_NUM_COUNTED], T)
+    del engine  # each has all weights
     for other in others:
-        _check_engine(classifier, other, config, x, progress)
+        engine = Engine(file, native=False, runtime=other)
+        with _opened(engine):
+            _check_engine(classifier, engine, config, x, progress)
+        del engine
     return found
+
+
+@contextmanager
+def _opened(engine: Engine) -> Iterator[None]:
+    """Within it freed memory is kept, but for what is freed as the session is opened that gives spikes: before."""
+    engine.overlaid(spikes_overlay(neuron["name"] for neuron in engine.metadata["neurons"]))
+    with reused_memory():
+        yield
 
 
 def _check_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -122,38 +123,43 @@ def export_model(
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=steps_to_check(config.trained_T, config.T))
     graph, expected, scales = build_graph(classifier, config, calibration=calibration, source=source, progress=progress)
-    num_neurons = len(graph.description["neurons"])
-    check_reached(num_layers, num_neurons)
+    description, num_folded = graph.description, graph.num_folded
+    check_reached(num_layers, len(description["neurons"]))
     _refuse_bfloat16(graph.model.graph)
-    describe_check(graph.model, graph.description, checked=num_check > 0)
+    describe_check(graph.model, description, checked=num_check > 0)
     parity = from_state = kept = None
     answers = Answers()
-    with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference, reused_memory():
+    with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
         model = serialised(graph.model, path)
+        del graph  # it has all weights, as has what it was made of, in circles
+        gc.collect()
         temporary.write_bytes(model)
+        size_bytes = len(model)
         with _without_naming(temporary):
             _check_form(model, classifier)
+            del model
             if num_check:
                 parity, from_state = check_graph(expected, temporary, config, x[:num_check], answers, progress)
-            first = x[:NUM_REFERENCE]
-            tick = ticker(progress, "reference images", len(first) - answers.num_images)
-            write_reference(reference, expected, first, labels, config, graph.description, answers, tick)
-            if num_check and config.precision != "fp32":
-                kept = measure_kept(classifier, temporary, config, x[:num_check], labels, progress)
+            with reused_memory():
+                first = x[:NUM_REFERENCE]
+                tick = ticker(progress, "reference images", len(first) - answers.num_images)
+                write_reference(reference, expected, first, labels, config, description, answers, tick)
+                if num_check and config.precision != "fp32":
+                    kept = measure_kept(classifier, temporary, config, x[:num_check], labels, progress)
     reduced: dict[str, Any] = {"kept": kept}
     if scales:
-        behind = [layer for layer in graph.description["layers"] if not (layer["from_input"] or "product" in layer)]
+        behind = [layer for layer in description["layers"] if not (layer["from_input"] or "product" in layer)]
         in_float32 = [layer["name"] for layer in behind[:-1] if layer["precision"] == "fp32"]
         reduced = scales.to_dict() | reduced | {"in_float32": in_float32}
     return Exported(
         path,
-        graph.num_folded,
-        num_neurons,
-        len(model),
+        num_folded,
+        len(description["neurons"]),
+        size_bytes,
         parity,
         from_state,
         gate_runtimes(config) if num_check else (),
-        tuple(graph.description["uncounted"]),
+        tuple(description["uncounted"]),
         int8=reduced if config.precision == "int8" else None,
         fp16=reduced if config.precision == "fp16" else None,
     )

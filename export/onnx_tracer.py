@@ -129,14 +129,18 @@ def _fewer_rules(graph: ir.Graph) -> Iterator[None]:
 
 
 def _where_it_fits(rule: Any) -> Any:
-    """The rule, asked of nodes of the operation that its pattern ends with and of no others, which it cannot match."""
+    """The rule, asked of nodes of the operation that its pattern ends with and of no others, which it cannot match. Of
+    onnxscript's own each would keep the graph that it was asked of last, with all weights."""
     pattern, fitting = getattr(rule, "_target_pattern", None), copy.copy(rule)
     if pattern is None:
         return rule
     last, *_ = pattern.output_nodes
+    if hasattr(rule, "_matcher"):
+        fitting._matcher = copy.copy(rule._matcher)
+    asked = fitting.try_rewrite
 
     def try_rewrite(model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any) -> Any:
-        return rule.try_rewrite(model, graph, node, **options) if last.op.matches(node.op_type) else None
+        return asked(model, graph, node, **options) if last.op.matches(node.op_type) else None
 
     fitting.try_rewrite = try_rewrite
     return fitting

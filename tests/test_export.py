@@ -557,6 +557,21 @@ def test_parity_is_reported_and_covers_a_state(tmp_path: Path) -> None:
     assert made.from_state.num_images == 60 and made.from_state.spike_mismatch_rate <= 1e-4
 
 
+def test_the_check_opens_one_overlay_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            others = [other for session in sessions if (other := session()) is not None]
+            assert all(other._model_bytes is None for other in others)
+            alive.append(len(others))
+            sessions.append(weakref.ref(self))
+            super().__init__(*args, **options)
+
+    sessions, alive = list[weakref.ref[Any]](), list[int]()
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    export_convsnn(tmp_path / "m.onnx", ExportConfig(T=4), digits().images[:5])
+    assert alive == [0, 1, 1]  # the graph itself, its spikes, and its counts
+
+
 def test_a_graph_of_any_T_is_compared_at_one_step_at_the_trainings_and_beyond(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -468,10 +468,13 @@ class Engine:
         return Result(total / steps[:, None].astype(np.float32), per_step, steps)
 
     def overlaid(self, overlay: bytes, *, native: bool = False) -> tuple[Any, list[str]]:
-        """The session of this model with an overlay, made once, and the outputs that it adds. See `run_with`."""
+        """The session of this model with an overlay, and the outputs that it adds. See `run_with`.
+
+        It is kept until another overlay comes: each session has all weights."""
         check_flag("native", native)
         if (overlay, native) not in self._overlaid:
             own = {output.name for output in self._session.get_outputs()}
+            self._overlaid.clear()
             session = self._sessions.overlaid(overlay, native=native)
             added = [output.name for output in session.get_outputs() if output.name not in own]
             if unknown := [name for name in added if name not in self._overlay_axes]:

@@ -141,6 +141,7 @@ class Sessions:
                     raise MemoryError(f"{self._path} cannot be loaded: {reason[0].strip()}") from error
                 raise ValueError(f"{other} ({reason[0].strip()})") from error
             raise load_fault(self._path, error, f"; or {other}" if self._device != "cpu" else "") from error
+        session._model_bytes = None  # it would keep the file's bytes, to start anew with other providers
         started = session.get_providers()
         if missing := [name for name in self._providers if name not in started]:
             libraries = (
