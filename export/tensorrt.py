@@ -130,7 +130,7 @@ def build_engine(
         "graph_sha256": hashlib.sha256(data).hexdigest(),
         "engine_sha256": hashlib.sha256(plan).hexdigest(),
         "engine_bytes": len(plan),
-        "batch": config.batch,
+        "batch": build.batch,
         "T": T,
         "workspace_mb": config.workspace_mb,
         "tensors": build.tensors,
@@ -197,6 +197,9 @@ class _Build:
                     f"{config.timing_cache} is no timing cache of this version of TensorRT and this GPU; delete it, or "
                     "name another file"
                 )
+        self.batch, fixed = config.batch, self._network.get_input(0).shape[0]
+        if fixed != -1:  # free in every export, and fixed afterwards
+            self.batch = (fixed,) * 3
         profile = self._builder.create_optimization_profile()
         for k in range(self._network.num_inputs):
             value = self._network.get_input(k)

@@ -23,6 +23,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from export_helpers import classifier, digits, engine, exported, folder, frames, int8_exported, layouts
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 from torch import Tensor, nn
 
 from tetdeploy.cli import main
@@ -252,6 +253,13 @@ def test_ranges_and_limits_reach_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert limits == [64 << 20]
     assert "MinShape: [2,1,8,8], OptShape: [3,1,8,8], MaxShape: [5,1,8,8]" in reports[0]
     assert "MinShape: [2,1], OptShape: [3,7], MaxShape: [5,9]" in reports[0]
+
+
+def test_a_batch_that_was_fixed_is_the_engines_whatever_was_asked_for(tmp_path: Path) -> None:
+    model = onnx.load(exported("step"))
+    make_dim_param_fixed(model.graph, "batch", 3)
+    onnx.save(model, tmp_path / "m.onnx")
+    assert build_engine(tmp_path / "m.onnx", config=RTX).manifest["batch"] == (3, 3, 3)
 
 
 @pytest.mark.parametrize(("trained_T", "most"), [(4, 16), (8, 16), (9, 18)])
