@@ -811,6 +811,13 @@ class TestRefusals:
     def test_a_run_without_anything(self, tmp_path: Path) -> None:
         self.refused(run_folder(tmp_path / "a", metrics=[]), match="nothing to report on in .*a: no epoch is finished")
 
+    def test_a_checkpoint_without_metrics(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a", kept=2)
+        (run / "metrics.jsonl").unlink()
+        self.refused(
+            run, match=r"nothing to report on in .*a: the epochs' figures \(metrics.jsonl\) are gone and nothing"
+        )
+
     @pytest.mark.parametrize(
         ("text", "match"),
         [

@@ -22,7 +22,7 @@ from tetdeploy.report.seeds import finished_seeds, summary_of
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
-from tetdeploy.storage.run_folder import seed_runs
+from tetdeploy.storage.run_folder import CHECKPOINT_NAME, METRICS_NAME, seed_runs
 from tetdeploy.wording import counted, quoted
 
 
@@ -242,8 +242,12 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
     sources = tuple(_source(name, g, notes) for name, g in zip(_labels(groups, names), groups, strict=True))
     empty = [str(group[0]) for group, source in zip(groups, sources, strict=True) if not _holds_anything(source)]
     if empty:
+        lost = any(
+            (Path(path) / CHECKPOINT_NAME).exists() and not (Path(path) / METRICS_NAME).exists() for path in empty
+        )
+        why = f"the epochs' figures ({METRICS_NAME}) are gone" if lost else "no epoch is finished"
         raise ValueError(
-            f"nothing to report on in {', '.join(empty)}: no epoch is finished and nothing was measured; "
+            f"nothing to report on in {', '.join(empty)}: {why} and nothing was measured; "
             f"train further (--resume), or export and run tetdeploy sweep{''.join(f'. {note}' for note in notes)}"
         )
     check_comparable(sources)
