@@ -1034,7 +1034,7 @@ def test_every_option_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.engine.open_engine", opened)
     monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
     command = (
-        "serve m.onnx --host ::1 --http-port 1 --grpc-port 2 --max-batch 3 --max-wait-ms 4 --queue 5 "
+        "serve m.onnx --host [::1] --http-port 1 --grpc-port 2 --max-batch 3 --max-wait-ms 4 --queue 5 "
         "--max-request-mb 6 --max-json-mb 7 --max-total-mb 8 --max-T 9 --sequence-timeout 10 --max-sequences 11 "
         "--max-state-mb 12 --device cuda --runtime openvino --threads 13"
     )

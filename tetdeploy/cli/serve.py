@@ -136,7 +136,7 @@ def serve(
     from tetdeploy.serve.models import Bounds
     from tetdeploy.serve.scheduler import Limits
 
-    address = server.Address(host, http_port, grpc_port)
+    address = server.Address(host.removeprefix("[").removesuffix("]"), http_port, grpc_port)  # [::1], as in a URL
     sizes = Sizes(max_request, max_json, max_total or 4 * max_request)
     engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
 
