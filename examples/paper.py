@@ -459,12 +459,15 @@ def save(figure: Any, at: Place) -> None:
 
 @click.command()
 @click.argument("what", type=click.Choice(list(TABLES)))
-@click.option("--smoke", "scale", flag_value="smoke", help="Digits and a small network: minutes on two cores.")
-@click.option("--small", "scale", flag_value="small", help="Fashion-MNIST and a small network: an hour or two.")
+@click.option("--smoke", is_flag=True, help="Digits and a small network: minutes on two cores.")
+@click.option("--small", is_flag=True, help="Fashion-MNIST and a small network: an hour or two.")
 @click.option("--out", type=click.Path(path_type=Path), help="Results and runs. [default: results/WHAT[-SCALE]]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
-def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None:
+def main(what: str, smoke: bool, small: bool, out: Path | None, data_dir: Path) -> None:
     """Train, measure and write one of the paper's tables or figures."""
+    if smoke and small:
+        raise click.UsageError("--smoke and --small are two sizes; choose one")
+    scale = "smoke" if smoke else "small" if small else None
     version()  # as of now, whatever a `git pull` brings while it trains
     out = out or Path("results") / (f"{what}-{scale}" if scale else what)
     scale = scale or "full"

@@ -488,6 +488,8 @@ def test_a_scale_that_no_entry_has_is_refused_before_any_training(paper: ModuleT
     result = CliRunner().invoke(paper.main, ["modern", "--small", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "modern has no --small run; choose --smoke, or neither for the full size" in result.output
+    result = CliRunner().invoke(paper.main, ["table1", "--smoke", "--small", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "--smoke and --small are two sizes; choose one" in result.output
     assert not (tmp_path / "out").exists()
 
 
