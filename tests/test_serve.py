@@ -1009,6 +1009,15 @@ def test_a_stop_is_graceful_though_nobody_reads_of_it() -> None:
     assert stop(running) == 0
 
 
+def test_a_stop_while_models_are_loaded_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("tetdeploy.engine.open_engine", load)
+    result = CliRunner().invoke(main, ["serve", str(exported("step"))])
+    assert (result.exit_code, result.output) == (0, "stopped before it was ready\n")
+
+
 def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
     async def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
         announce("127.0.0.1:1", "127.0.0.1:2")

@@ -7,7 +7,7 @@ import logging
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
@@ -17,6 +17,9 @@ from tetdeploy.cli.terminal import console
 from tetdeploy.storage.files import is_utf8
 from tetdeploy.system.extras import import_extra
 from tetdeploy.wording import counted
+
+if TYPE_CHECKING:
+    from tetdeploy.engine import Engine
 
 
 class Megabytes(FiniteRange):
@@ -131,19 +134,14 @@ def serve(
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     paths = _by_name(models)
-    server = import_extra("tetdeploy.serve.server", "serve")
-    from tetdeploy.serve.bodies import Sizes
-    from tetdeploy.serve.models import Bounds
-    from tetdeploy.serve.scheduler import Limits
-
-    address = server.Address(host.removeprefix("[").removesuffix("]"), http_port, grpc_port)  # [::1], as in a URL
-    sizes = Sizes(max_request, max_json, max_total or 4 * max_request)
-    engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
-
+    engines: dict[str, Engine] = {}
     count = threads or default_threads()
     cores = "all cores" if count is None else counted(count, "thread")
+    ready = False
 
     def announce(http: str, rpc: str) -> None:
+        nonlocal ready
+        ready = True
         for name, engine in engines.items():
             url = f"http://{http}/v2/models/{quote(name, safe='')}/infer"
             place = cores if engine.device == "cpu" else engine.device
@@ -152,16 +150,31 @@ def serve(
                 console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow")
         console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops")
 
-    serving = server.serve(
-        engines,
-        address,
-        Limits(max_batch, max_wait_ms / 1000, queue),
-        Bounds(max_T, sequence_timeout, max_sequences, max_state),
-        sizes=sizes,
-        threads=threads,
-        announce=announce,
-    )
-    cut_off = asyncio.run(serving)
+    try:
+        server = import_extra("tetdeploy.serve.server", "serve")
+        from tetdeploy.serve.bodies import Sizes
+        from tetdeploy.serve.models import Bounds
+        from tetdeploy.serve.scheduler import Limits
+
+        address = server.Address(host.removeprefix("[").removesuffix("]"), http_port, grpc_port)  # [::1], as in a URL
+        sizes = Sizes(max_request, max_json, max_total or 4 * max_request)
+        for name, path in paths.items():
+            engines[name] = open_engine(path, device=device, threads=threads, runtime=runtime)
+        serving = server.serve(
+            engines,
+            address,
+            Limits(max_batch, max_wait_ms / 1000, queue),
+            Bounds(max_T, sequence_timeout, max_sequences, max_state),
+            sizes=sizes,
+            threads=threads,
+            announce=announce,
+        )
+        cut_off = asyncio.run(serving)
+    except KeyboardInterrupt:
+        if ready:
+            raise
+        console.print("stopped before it was ready")  # no failure, as any other stop
+        return
     if cut_off:
         raise click.ClickException(f"stopped, but {cut_off} of the requests taken could not be answered in time")
     with suppress(SystemExit):  # rich's, where the reader has left, as of `| tee log`, which the same Ctrl-C ends
