@@ -92,9 +92,12 @@ def test_a_sweep_is_what_single_runs_give(layout: str) -> None:
     engine = Engine(exported(layout))
     x = digits().images[:70]
     labels = engine.run(x, 3).logits.argmax(-1)  # so that accuracy depends on T, and is 1 at last
-    seen: list[int] = []
-    result = sweep(engine, x, labels, (1, 3), data="digits", batch_size=32, num_timed=1, tick=seen.append)
+    seen, rounds = list[int](), list[int]()
+    result = sweep(
+        engine, x, labels, (1, 3), data="digits", batch_size=32, num_timed=1, tick=seen.append, timing=rounds.append
+    )
     assert sum(seen) == result.num_samples == 70
+    assert rounds == [0, 1, 1, 1]  # two to warm up
     for k, row in enumerate(result.rows):
         run, counts = engine.count(x, row.T)
         assert row.accuracy == np.mean(run.logits.argmax(-1) == labels)

@@ -18,6 +18,7 @@ from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 from tetdeploy.storage.provenance import engine_provenance, images_provenance
 
+NUM_TIMED = 30  # calls for each latency
 _MOST_SECONDS = 60  # of timing, after which no round begins but the first three
 
 
@@ -207,9 +208,10 @@ def sweep(
     *,
     data: str = "",
     batch_size: int = 64,
-    num_timed: int = 30,
+    num_timed: int = NUM_TIMED,
     constants: EnergyConstants | None = None,
     tick: Callable[[int], None] | None = None,
+    timing: Callable[[int], None] | None = None,
 ) -> Sweep:
     """Measure a model at every T of `steps`.
 
@@ -224,6 +226,7 @@ def sweep(
         num_timed: timed calls for each latency; fewer, but at least 3, once the timing has taken a minute.
         constants: picojoules of an operation; by default those for the model's precision.
         tick: called with the number of images done.
+        timing: called with the number of timed rounds newly done, of `num_timed` + 2; with 0 as the timing begins.
 
     Raises:
         ValueError: labels do not fit the images or the model's classes, there is no T, or there are no energies for the
@@ -240,7 +243,7 @@ def sweep(
     for part in parts(len(x), batch_size, tick):
         result, counts = engine.count(x[part], T)
         tally.add(result.per_step, counts, labels[part])
-    return summarise(engine, tally, x, labels, steps, data=data, num_timed=num_timed)
+    return summarise(engine, tally, x, labels, steps, data=data, num_timed=num_timed, timing=timing)
 
 
 def summarise(
@@ -251,23 +254,37 @@ def summarise(
     steps: Sequence[int],
     *,
     data: str = "",
-    num_timed: int = 30,
+    num_timed: int = NUM_TIMED,
+    timing: Callable[[int], None] | None = None,
 ) -> Sweep:
     """The sweep that the sums over all of `x` make, with latencies measured now. Args: see `sweep`."""
-    latency = measure_latency(engine, x, steps, num_timed)
+    latency = measure_latency(engine, x, steps, num_timed, timing)
     rows = tuple(tally.row(t, latency[t]) for t in steps)
     origin = engine_provenance(engine) | images_provenance(engine, data, x, labels)
     return Sweep(str(engine.path), data, len(x), rows, origin, tally.details(steps))
 
 
-def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:
+def measure_latency(
+    engine: Engine,
+    x: NDArray[Any],
+    steps: Sequence[int],
+    num_timed: int,
+    timing: Callable[[int], None] | None = None,
+) -> dict[int, float]:
     """Median milliseconds for one image by T, after two rounds to warm up."""
-    medians = median_ms(engine.run, x, [max(steps)] if engine.is_fixed else steps, repeats=num_timed, warm_up=2)
+    timed = [max(steps)] if engine.is_fixed else steps
+    medians = median_ms(engine.run, x, timed, repeats=num_timed, warm_up=2, tick=timing)
     return {t: medians[max(steps)] if engine.is_fixed else medians[t] for t in steps}
 
 
 def median_ms(
-    run: Callable[[NDArray[Any], int], Any], x: NDArray[Any], steps: Sequence[int], *, repeats: int, warm_up: int
+    run: Callable[[NDArray[Any], int], Any],
+    x: NDArray[Any],
+    steps: Sequence[int],
+    *,
+    repeats: int,
+    warm_up: int,
+    tick: Callable[[int], None] | None = None,
 ) -> dict[int, float]:
     """Median milliseconds of `run(image, T)` by T. The T take turns, so that a slow moment of the machine hits them
     all.
@@ -275,7 +292,10 @@ def median_ms(
     Args:
         x: images, of which each round takes the next, `[1, ...]`.
         repeats, warm_up: rounds that count, of slow runs fewer, and those before them that do not.
+        tick: called with 0, and with 1 after each round.
     """
+    tick = tick or (lambda _: None)
+    tick(0)
     seconds: dict[int, list[float]] = {t: [] for t in steps}
     began = time.perf_counter()
     for repeat in range(-warm_up, repeats):
@@ -287,6 +307,7 @@ def median_ms(
             run(image, t)
             if repeat >= 0:
                 seconds[t].append(time.perf_counter() - start)
+        tick(1)
     return {t: float(np.median(values)) * 1e3 for t, values in seconds.items()}
 
 

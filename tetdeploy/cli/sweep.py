@@ -24,7 +24,7 @@ from tetdeploy.cli.options import (
     steps_option,
     test_data_option,
 )
-from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
+from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.storage.files import check_writable, write_json
 from tetdeploy.storage.run_folder import CONFIG_NAME
 from tetdeploy.system.extras import MissingExtraError, import_extra
@@ -99,6 +99,7 @@ def sweep(
     test set. Needs no torch.
     """
     from tetdeploy.picojoules import energy_constants
+    from tetdeploy.sweep import NUM_TIMED
     from tetdeploy.sweep import sweep as measure
 
     if plot is not None:
@@ -116,8 +117,21 @@ def sweep(
     constants = energy_constants(engine.precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     note_replaced(json_path, name, len(x))
-    with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
-        result = measure(engine, x, labels, wanted, data=name, batch_size=batch_size, constants=constants, tick=tick)
+    with progress_bar("images") as bar:
+        counted = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
+        timed = bar.add_task("timing one image at each T", total=NUM_TIMED + 2, visible=False, rate=False)
+        result = measure(
+            engine,
+            x,
+            labels,
+            wanted,
+            data=name,
+            batch_size=batch_size,
+            num_timed=NUM_TIMED,
+            constants=constants,
+            tick=lambda done: bar.advance(counted, done),
+            timing=lambda done: bar.update(timed, advance=done, visible=True),
+        )
     written = save_sweep(result, engine, json_path, picture)  # before a line is printed: `| head` may end that
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)

@@ -62,14 +62,15 @@ class _Rate(ProgressColumn):
         self.what = what
 
     def render(self, task: Task) -> Text:
-        return Text(f"{three_digits(task.speed)} {self.what}/s" if task.speed else "")
+        shown = task.speed and task.fields.get("rate", True)
+        return Text(f"{three_digits(task.speed)} {self.what}/s" if shown else "")
 
 
 def progress_bar(rate_of: str = "") -> Progress:
     """A progress bar on stderr; silent where that is no terminal.
 
     Args:
-        rate_of: what the tasks count, to show how many a second.
+        rate_of: what the tasks count, to show how many a second; not of a task with `rate=False`.
     """
     stderr = VisibleConsole(stderr=True)
     shown = sys.stderr is not None and sys.stderr.isatty()  # None: closed, as a daemon's may be
