@@ -502,6 +502,16 @@ def test_a_graph_whose_batch_was_fixed_runs_image_by_image(layout: str, runtime:
     assert set(fixed.count(images(3), 3)[1]) == set(free.count(images(3), 3)[1])
 
 
+def test_early_exit_is_refused_where_the_batch_was_fixed_above_one(tmp_path: Path) -> None:
+    model = onnx.load(exported("step"))
+    make_dim_param_fixed(model.graph, "batch", 3)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(
+        ValueError, match=r"takes 3 images in a call and no other .*; take the exported file, whose batch"
+    ):
+        Engine(tmp_path / "m.onnx").run(images(3), 3, exit=Exit(0.9))
+
+
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_model_is_refused(part: float, tmp_path: Path) -> None:
     content = exported("dynamic").read_bytes()

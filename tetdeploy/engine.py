@@ -290,8 +290,13 @@ class Engine:
         self.check_small_batches("early exit goes on with those images that are not certain yet")
 
     def check_small_batches(self, purpose: str) -> None:
-        """Refuse, with ValueError, a TensorRT engine that was built for no fewer than so many images; `purpose` is what
-        has fewer."""
+        """Refuse, with ValueError, a TensorRT engine that was built for no fewer than so many images, and a graph whose
+        batch was fixed above one; `purpose` is what has fewer."""
+        if self.min_batch > 1 and self.path.suffix != ".engine":
+            raise ValueError(
+                f"{self.path.name} takes {self.min_batch} images in a call and no other number, and {purpose}, which "
+                "may be one; take the exported file, whose batch was not fixed yet"
+            )
         if self.min_batch > 1:
             raise ValueError(
                 f"{self.path.name} was built for {self.min_batch} to {self.max_batch} images in a call, and {purpose}, "
