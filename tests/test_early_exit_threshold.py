@@ -46,6 +46,7 @@ from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 from tetdeploy.storage.files import sha256_of
 from tetdeploy.storage.provenance import images_sha256
+from tetdeploy.storage.tensor_file import write_tensors
 
 Array = np.ndarray[Any, Any]
 T = 6
@@ -526,6 +527,22 @@ def test_what_is_saved_is_told_as_all_steps_over_those_taken() -> None:
     ]
     *_, time = compared(EARLY_EXIT | {"fixed_seconds": 2.0, "seconds": 5.0, "speedup": 0.4})
     assert time == ("time of the run", "2 s", "5 s", "2.50 × slower")
+
+
+def test_images_that_the_run_of_init_was_trained_on_are_told(model: Path, tmp_path: Path) -> None:
+    first = tmp_path / "checkpoint.safetensors"
+    parent = {"path": str(tmp_path), "checkpoint_sha256": ""}
+    source = {"data": {"name": "digits"}, "training": {"val_fraction": 0.1}, "provenance": {"init": parent}}
+    for share, told in ((0.0, "held out none of its images"), (0.05, "held out only 0.05"), (0.1, None)):
+        write_tensors(first, {}, {"format": 1, "data": {"name": "digits"}, "training": {"val_fraction": share}})
+        parent["checkpoint_sha256"] = sha256_of(first)
+        describe(model, source=source)
+        done = run("calibrate", model, "--T", 2)
+        assert done.exit_code == 0, done.output
+        said = " ".join(done.output.split())
+        assert told in said if told else "began with" not in said
+    first.write_bytes(b"another")
+    assert "began with" not in run("calibrate", model, "--T", 2).output
 
 
 def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:

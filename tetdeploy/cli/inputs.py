@@ -13,7 +13,8 @@ from tetdeploy.cli.terminal import command_line, console
 from tetdeploy.names import is_npz, is_own_model
 from tetdeploy.storage.form import parse_json
 from tetdeploy.storage.provenance import own_data, own_fraction, said_of_data
-from tetdeploy.storage.run_folder import other_checkpoint
+from tetdeploy.storage.run_folder import other_checkpoint, weights_file, weights_sha256
+from tetdeploy.storage.tensor_file import read_content
 
 if TYPE_CHECKING:
     from tetdeploy.checkpoint import Checkpoint
@@ -167,12 +168,37 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             "lose more than --loss, whatever the test says",
             style="yellow",
         )
+    if split == "validation":
+        _note_first_run(engine, name, fraction)
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     check_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images if limit is None else images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
     what = {"validation": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, of other data"
     return f"{name} ({what})", x, chosen.labels
+
+
+def _note_first_run(engine: Engine, name: str, fraction: float) -> None:
+    """Say so if the weights that the training began with (`--init`), where they still lie, are of a run that held out a
+    smaller share of the same images."""
+    from tetdeploy.data import same_data
+
+    first = (engine.metadata["source"].get("provenance") or {}).get("init")
+    if first is None:
+        return
+    try:
+        file = weights_file(first["path"])
+        content = {} if file.is_dir() or weights_sha256(file) != first["checkpoint_sha256"] else read_content(file)
+    except (OSError, ValueError):  # gone, or no longer those
+        return
+    said = (content.get("training") or {}).get("val_fraction")
+    if said is not None and said < fraction and same_data(name, content["data"]["name"]):
+        share = f"only {said:g}" if said else "none"
+        console.print(
+            f"{name}: {first['path']}, which the training began with, held out {share} of its images and was trained "
+            "on some of these, so the threshold may lose more than --loss; name others with --data",
+            style="yellow",
+        )
 
 
 def _data_name(engine: Engine, data: str | None) -> str:
