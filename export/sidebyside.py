@@ -20,7 +20,7 @@ from tetdeploy.batches import images_with_spikes
 from tetdeploy.engine import Engine, Result
 from tetdeploy.names import section
 from tetdeploy.networks import Classifier, run_network
-from tetdeploy.storage.resumable import join
+from tetdeploy.resumable import join
 from tetdeploy.sweep import median_ms, running_class
 
 from .comparison import Comparison

@@ -28,8 +28,8 @@ MODULES = [
         f"tetdeploy.{name}"
         for name in (
             *("agreement", "bench", "cli", "data", "energy", "engine", "engine_stream", "inspection", "native"),
-            *("early_exit.savings", "early_exit.threshold", "serve", "streams", "sweep"),
-            *("storage.model_file", "storage.resumable"),
+            *("early_exit.savings", "early_exit.threshold", "resumable", "serve", "streams", "sweep"),
+            "storage.model_file",
             *("report.sweep_plot", "report.tables"),
             *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session", "runtimes.sessions"),
         )

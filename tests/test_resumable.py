@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tetdeploy.storage.resumable import Partial, finish
+from tetdeploy.resumable import Partial, finish
 
 
 class Images:
@@ -36,7 +36,7 @@ def test_what_a_half_done_batch_left_is_not_kept(
 ) -> None:
     """At Ctrl-C what was done before is; of any other error what was done when 20 seconds had passed."""
     clock = iter(range(0, 1000, seconds))
-    monkeypatch.setattr("tetdeploy.storage.resumable.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("tetdeploy.resumable.time", SimpleNamespace(monotonic=lambda: next(clock)))
     partial = Partial(tmp_path / "p.npz", {})
     with pytest.raises(error):
         finish(Images(2, error), partial, lambda count: None)  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def test_ctrl_c_before_anything_is_done_leaves_no_file(tmp_path: Path) -> None:
 
 def test_it_is_kept_every_20_seconds_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, kept = Images(10), list[int]()
-    monkeypatch.setattr("tetdeploy.storage.resumable.time", SimpleNamespace(monotonic=lambda: 7.0 * images.done))
+    monkeypatch.setattr("tetdeploy.resumable.time", SimpleNamespace(monotonic=lambda: 7.0 * images.done))
     monkeypatch.setattr(Partial, "save", lambda partial, arrays: kept.append(int(arrays["done"])))
     finish(images, Partial(tmp_path / "p.npz", {}), lambda count: None)  # type: ignore[arg-type]
     assert kept == [3, 6, 9, 10]

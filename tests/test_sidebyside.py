@@ -19,7 +19,7 @@ from tetdeploy.export.recorder import run_torch
 from tetdeploy.export.sidebyside import SideBySide, torch_latency
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import lif
-from tetdeploy.storage.resumable import Partial, Pass, finish
+from tetdeploy.resumable import Partial, Pass, finish
 from tetdeploy.sweep import summarise, sweep
 
 T = 4
@@ -250,7 +250,7 @@ class TestGoingOn:
         assert partial.load() is None
 
     def test_it_is_written_down_on_the_way(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tetdeploy.storage.resumable._SAVE_EVERY", 0.0)
+        monkeypatch.setattr("tetdeploy.resumable._SAVE_EVERY", 0.0)
         partial = Partial(tmp_path / "p.npz", {"T": T})
         finish(self.make(num_beside=8), partial, lambda done: None)
         kept = partial.load()

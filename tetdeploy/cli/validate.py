@@ -30,7 +30,7 @@ from tetdeploy.system.memory import reused_memory
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
     from tetdeploy.engine import Engine
-    from tetdeploy.storage.resumable import Partial, Pass
+    from tetdeploy.resumable import Partial, Pass
     from tetdeploy.sweep import Sweep, Tally
 
 
@@ -178,7 +178,7 @@ class _Job:
     def with_data(self, name: str, x: Any, labels: Any, partial_path: Path) -> dict[str, Any]:
         """A data set, and the kept images where they are there."""
         from tetdeploy.agreement import load_reference, reference_path
-        from tetdeploy.storage.resumable import Pass
+        from tetdeploy.resumable import Pass
         from tetdeploy.sweep import check_images
 
         engine, steps = self.engine, self.wanted or default_steps(self.engine)
@@ -202,7 +202,7 @@ class _Job:
         """PyTorch beside the engine on the first images, and the engine on all."""
         from tetdeploy.export import SideBySide
         from tetdeploy.export.sidebyside import torch_latency
-        from tetdeploy.storage.resumable import Pass
+        from tetdeploy.resumable import Pass
         from tetdeploy.sweep import check_images
 
         engine, steps = self.engine, self.wanted or default_steps(self.engine)
@@ -256,7 +256,7 @@ class _Job:
 
     def _finish(self, run: Pass, partial: Partial) -> None:
         """Run a pass to its end, with a bar for the images that PyTorch sees too and one for the others."""
-        from tetdeploy.storage.resumable import finish
+        from tetdeploy.resumable import finish
 
         self.partial, kept = partial, partial.load()
         if kept is not None:
@@ -311,8 +311,8 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
 def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
     """The file of an unfinished run, with all that decides its result."""
     from tetdeploy import __version__
+    from tetdeploy.resumable import Partial
     from tetdeploy.storage.provenance import images_sha256
-    from tetdeploy.storage.resumable import Partial
 
     engine = run.engine
     decisive = {"model": engine.sha256, "device": engine.device, "data": name, "images": len(run.x), "T": run.T}
