@@ -50,6 +50,8 @@ from .reference import NUM_REFERENCE, Answers, write_reference
 
 CalibrationImages = tuple[NDArray[Any], NDArray[np.int64] | None]  # and their labels
 
+_LARGE = 2**26  # bytes of a model: a collection of garbage, some tenths of a second, frees several times as many
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -131,10 +133,11 @@ def export_model(
     answers = Answers()
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
         model = serialised(graph.model, path)
-        del graph  # it has all weights, as has what it was made of, in circles
-        gc.collect()
         temporary.write_bytes(model)
         size_bytes = len(model)
+        del graph  # it has all weights, as has what it was made of, in circles
+        if size_bytes > _LARGE:
+            gc.collect()
         with _without_naming(temporary):
             _check_form(model, classifier)
             del model

@@ -581,7 +581,7 @@ def no_work(*arguments: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize(("arguments", "changes", "message"), [
     ([], {}, "does not say what data it was trained on; name some with --data"),
-    ([], {"source": {"data": {"name": "digits"}}}, "held out no images as .* take those it was trained on with --spl"),
+    ([], {"source": {"data": {"name": "digits"}}}, "held out no images as .* those it was trained on with --split"),
     (["--data", "poems"], {"source": {"training": {"val_fraction": 0.1}}}, "unknown data set 'poems'"),
     (["--data", ""], {"source": {"data": {"name": "digits"}}}, "unknown data set ''; choose"),
     (["--data", "digits", "--split", "train"], {"class_names": list("abcdefghij")}, "do not match the model's"),
