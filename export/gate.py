@@ -65,6 +65,8 @@ def check_graph(
         ValueError: OpenVINO cannot load the graph.
     """
     first, *others = gate_runtimes(config)
+    for other in others:  # one that cannot load the graph says so before all comparing
+        Engine(file, native=False, runtime=other)
     engine = Engine(file, native=False, runtime=first)
     T = config.steps_on(x, beyond=2)
     if isinstance(classifier, TracedNetwork):

@@ -13,6 +13,7 @@ from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier
 from tetdeploy.sweep import running_class
+from tetdeploy.system.memory import reused_memory
 
 from .config import ExportConfig, Precision
 from .progress import Progress, ticker
@@ -31,9 +32,11 @@ def measure_kept(
 ) -> dict[str, Any]:
     """Run the float32 network and the graph in `file` on `x`; see `kept_answers`."""
     T = config.steps_on(x)
-    full = torch_logits(classifier, x, T, ticker(progress, "answers in fp32", len(x)))
-    tick = ticker(progress, f"answers in {config.precision}", len(x))
-    return kept_answers(full, per_step_logits(Engine(file), x, T, tick), config.precision, labels)
+    engine = Engine(file)  # before: what is freed as it opens is not to stay with the process
+    with reused_memory():
+        full = torch_logits(classifier, x, T, ticker(progress, "answers in fp32", len(x)))
+        tick = ticker(progress, f"answers in {config.precision}", len(x))
+        return kept_answers(full, per_step_logits(engine, x, T, tick), config.precision, labels)
 
 
 def kept_answers(

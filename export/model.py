@@ -147,8 +147,8 @@ def export_model(
                 first = x[:NUM_REFERENCE]
                 tick = ticker(progress, "reference images", len(first) - answers.num_images)
                 write_reference(reference, expected, first, labels, config, description, answers, tick)
-                if num_check and config.precision != "fp32":
-                    kept = measure_kept(classifier, temporary, config, x[:num_check], labels, progress)
+            if num_check and config.precision != "fp32":
+                kept = measure_kept(classifier, temporary, config, x[:num_check], labels, progress)
     reduced: dict[str, Any] = {"kept": kept}
     if scales:
         behind = [layer for layer in description["layers"] if not (layer["from_input"] or "product" in layer)]

@@ -197,15 +197,14 @@ class _Build:
                     f"{config.timing_cache} is no timing cache of this version of TensorRT and this GPU; delete it, or "
                     "name another file"
                 )
-        self.batch, fixed = config.batch, self._network.get_input(0).shape[0]
-        if fixed != -1:  # free in every export, and fixed afterwards
-            self.batch = (fixed,) * 3
+        inputs = [self._network.get_input(k) for k in range(self._network.num_inputs)]
+        shapes = {value.name: tuple(value.shape) for value in inputs}
+        fixed = next(iter(shapes.values()), (-1,))[0]  # free in every export, but it may be fixed afterwards
+        self.batch = config.batch if fixed == -1 else (fixed,) * 3
         profile = self._builder.create_optimization_profile()
-        for k in range(self._network.num_inputs):
-            value = self._network.get_input(k)
-            shape = tuple(value.shape)
+        for name, shape in shapes.items():
             if -1 in shape:
-                profile.set_shape(value.name, *(_with_free(shape, config.batch[i], T and T[i]) for i in range(3)))
+                profile.set_shape(name, *(_with_free(shape, self.batch[i], T and T[i]) for i in range(3)))
         settings.add_optimization_profile(profile)
 
     def run(self, refused: str) -> bytes:

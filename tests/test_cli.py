@@ -1370,7 +1370,6 @@ class TestBadInput:
         (("landscape",), "train.landscape.measure_landscape"),
         (("train", "--out", "new"), "data.load_data"),
         (("build", MODEL), "export.tensorrt.build_engine"),
-        pytest.param(("serve", MODEL), "engine.open_engine", marks=needs("uvicorn")),
     ],
 )
 def test_ctrl_c_is_one_line_and_leaves_nothing_behind(

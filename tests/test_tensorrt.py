@@ -23,7 +23,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from export_helpers import classifier, digits, engine, exported, folder, frames, int8_exported, layouts
-from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed, make_input_shape_fixed
 from torch import Tensor, nn
 
 from tetdeploy.cli import main
@@ -255,9 +255,13 @@ def test_ranges_and_limits_reach_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "MinShape: [2,1], OptShape: [3,7], MaxShape: [5,9]" in reports[0]
 
 
-def test_a_batch_that_was_fixed_is_the_engines_whatever_was_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_batch_that_was_fixed_is_the_engines_whatever_was_asked_for(alone: bool, tmp_path: Path) -> None:
     model = onnx.load(exported("step"))
-    make_dim_param_fixed(model.graph, "batch", 3)
+    if alone:  # of the states it is free
+        make_input_shape_fixed(model.graph, "x", [3, 1, 8, 8])
+    else:
+        make_dim_param_fixed(model.graph, "batch", 3)
     onnx.save(model, tmp_path / "m.onnx")
     assert build_engine(tmp_path / "m.onnx", config=RTX).manifest["batch"] == (3, 3, 3)
 

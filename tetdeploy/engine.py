@@ -108,7 +108,7 @@ class Engine:
         check_flag("cuda_graphs", cuda_graphs)
         self.path, self.device, self.runtime, self.cuda_graphs = Path(model), device, runtime, cuda_graphs
         self._sessions = Sessions(self.path, device=device, runtime=runtime, threads=threads, cuda_graphs=cuda_graphs)
-        self._overlaid: dict[tuple[bytes, bool], tuple[Any, list[str]]] = {}
+        self._overlaid: tuple[tuple[bytes, bool], tuple[Any, list[str]]] | None = None
         self.sha256 = self._sessions.sha256
         self._session, metadata = self._sessions.first()
         self._take(metadata)
@@ -172,6 +172,7 @@ class Engine:
         """`run` on the graph that `overlay` makes of this one; also gives its outputs, `[T, N, ...]` by name.
 
         Args:
+            overlay: of which the session is kept until another one comes: alternating two opens one at each call.
             native: with native operators, if there are such for it; by default ONNX Runtime's own.
         """
         x = self.check_input(x)
@@ -292,16 +293,16 @@ class Engine:
     def check_small_batches(self, purpose: str) -> None:
         """Refuse, with ValueError, a TensorRT engine that was built for no fewer than so many images, and a graph whose
         batch was fixed above one; `purpose` is what has fewer."""
-        if self.min_batch > 1 and self.path.suffix != ".engine":
-            raise ValueError(
-                f"{self.path.name} takes {self.min_batch} images in a call and no other number, and {purpose}, which "
-                "may be one; take the exported file, whose batch was not fixed yet"
-            )
-        if self.min_batch > 1:
-            raise ValueError(
-                f"{self.path.name} was built for {self.min_batch} to {self.max_batch} images in a call, and {purpose}, "
-                f"which may be one; build again with --batch 1:{self.min_batch}:{self.max_batch}"
-            )
+        least, most = self.min_batch, self.max_batch
+        if least == 1:
+            return
+        takes = f"was built for {least} to {most} images in a call"
+        remedy = f"build again with --batch 1:{least}:{most}"
+        if least == most:  # as of a graph whose batch was fixed, and of an engine built from one
+            takes = f"takes {least} images in a call and no other number"
+            again = f"{remedy} from" if self.path.suffix == ".engine" else "take"
+            remedy = f"{again} the exported file, whose batch was not fixed yet"
+        raise ValueError(f"{self.path.name} {takes}, and {purpose}, which may be one; {remedy}")
 
     @property
     def runtime_version(self) -> dict[str, str]:
@@ -477,18 +478,19 @@ class Engine:
 
         It is kept until another overlay comes: each session has all weights."""
         check_flag("native", native)
-        if (overlay, native) not in self._overlaid:
-            own = {output.name for output in self._session.get_outputs()}
-            self._overlaid.clear()
-            session = self._sessions.overlaid(overlay, native=native)
-            added = [output.name for output in session.get_outputs() if output.name not in own]
-            if unknown := [name for name in added if name not in self._overlay_axes]:
-                names = ", ".join(unknown)
-                raise ValueError(
-                    f"{self.path} has damaged metadata: it names no layer of {names}; export the model again"
-                )
-            self._overlaid[overlay, native] = session, added
-        return self._overlaid[overlay, native]
+        kept, wanted = self._overlaid, (overlay, native)  # another thread may put its own there
+        if kept is not None and kept[0] == wanted:
+            return kept[1]
+        del kept
+        self._overlaid = None
+        own = {output.name for output in self._session.get_outputs()}
+        session = self._sessions.overlaid(overlay, native=native)
+        added = [output.name for output in session.get_outputs() if output.name not in own]
+        if unknown := [name for name in added if name not in self._overlay_axes]:
+            names = ", ".join(unknown)
+            raise ValueError(f"{self.path} has damaged metadata: it names no layer of {names}; export the model again")
+        self._overlaid = wanted, (session, added)
+        return session, added
 
 
 def open_engine(

@@ -169,7 +169,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             style="yellow",
         )
     if split == "validation":
-        _note_first_run(engine, name, fraction)
+        _note_first_run(engine, fraction)
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     check_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images if limit is None else images.select(slice(limit))
@@ -178,9 +178,9 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     return f"{name} ({what})", x, chosen.labels
 
 
-def _note_first_run(engine: Engine, name: str, fraction: float) -> None:
+def _note_first_run(engine: Engine, fraction: float) -> None:
     """Say so if the weights that the training began with (`--init`), where they still lie, are of a run that held out a
-    smaller share of the same images."""
+    smaller share than `fraction` of the same images."""
     from tetdeploy.data import same_data
 
     first = (engine.metadata["source"].get("provenance") or {}).get("init")
@@ -191,11 +191,11 @@ def _note_first_run(engine: Engine, name: str, fraction: float) -> None:
         content = {} if file.is_dir() or weights_sha256(file) != first["checkpoint_sha256"] else read_content(file)
     except (OSError, ValueError):  # gone, or no longer those
         return
-    said = (content.get("training") or {}).get("val_fraction")
-    if said is not None and said < fraction and same_data(name, content["data"]["name"]):
+    said, own = (content.get("training") or {}).get("val_fraction"), own_data(engine)
+    if said is not None and said < fraction and same_data(own, (content.get("data") or {}).get("name") or ""):
         share = f"only {said:g}" if said else "none"
         console.print(
-            f"{name}: {first['path']}, which the training began with, held out {share} of its images and was trained "
+            f"{own}: {first['path']}, which the training began with, held out {share} of its images and was trained "
             "on some of these, so the threshold may lose more than --loss; name others with --data",
             style="yellow",
         )

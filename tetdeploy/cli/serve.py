@@ -173,7 +173,8 @@ def serve(
     except KeyboardInterrupt:
         if ready:
             raise
-        console.print("stopped before it was ready")  # no failure, as any other stop
+        with suppress(SystemExit):  # rich's, as below
+            console.print("stopped before it was ready")  # no failure, as any other stop
         return
     if cut_off:
         raise click.ClickException(f"stopped, but {cut_off} of the requests taken could not be answered in time")

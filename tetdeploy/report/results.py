@@ -240,14 +240,12 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
     groups = _grouped([path for path in paths if path not in timings])
     notes: list[str] = []
     sources = tuple(_source(name, g, notes) for name, g in zip(_labels(groups, names), groups, strict=True))
-    empty = [str(group[0]) for group, source in zip(groups, sources, strict=True) if not _holds_anything(source)]
+    empty = [group[0] for group, source in zip(groups, sources, strict=True) if not _holds_anything(source)]
     if empty:
-        lost = any(
-            (Path(path) / CHECKPOINT_NAME).exists() and not (Path(path) / METRICS_NAME).exists() for path in empty
-        )
+        lost = all((path / CHECKPOINT_NAME).exists() and not (path / METRICS_NAME).exists() for path in empty)
         why = f"the epochs' figures ({METRICS_NAME}) are gone" if lost else "no epoch is finished"
         raise ValueError(
-            f"nothing to report on in {', '.join(empty)}: {why} and nothing was measured; "
+            f"nothing to report on in {', '.join(map(str, empty))}: {why} and nothing was measured; "
             f"train further (--resume), or export and run tetdeploy sweep{''.join(f'. {note}' for note in notes)}"
         )
     check_comparable(sources)

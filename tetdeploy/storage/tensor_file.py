@@ -105,10 +105,9 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(64)
-            _refuse_others(path, start)
-            file.seek(8)
-            length = struct.unpack_from("<Q", start)[0] if len(start) >= 8 else 0
+            _refuse_others(path, file.peek(64))
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             raw = file.read(length) if 0 < length <= min(size - 8, _HEADER_LIMIT) else b""
     except IsADirectoryError as error:
         raise ValueError(f"{path} is a folder; a checkpoint is a .safetensors file") from error
