@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,25 +72,13 @@ def check_graph(
     if isinstance(classifier, HalfNetwork | Int8Network):
         some = torch.tensor(x[:_NUM_ROUNDED], device=classifier.mean.device)
         classifier.check_layers(some[:, :T] if config.encoding == "frames" else some, T)
-    with _opened(engine):
-        found = _check_engine(classifier, engine, config, x, progress, answers)
+    found = _check_engine(classifier, engine, config, x, progress, answers)
     own = classifier.classifier if isinstance(classifier, TracedNetwork) else classifier
     audit(own, engine, x[:_NUM_COUNTED], T)
     del engine  # each has all weights
     for other in others:
-        engine = Engine(file, native=False, runtime=other)
-        with _opened(engine):
-            _check_engine(classifier, engine, config, x, progress)
-        del engine
+        _check_engine(classifier, Engine(file, native=False, runtime=other), config, x, progress)
     return found
-
-
-@contextmanager
-def _opened(engine: Engine) -> Iterator[None]:
-    """Within it freed memory is kept, but for what is freed as the session is opened that gives spikes: before."""
-    engine.overlaid(spikes_overlay(neuron["name"] for neuron in engine.metadata["neurons"]))
-    with reused_memory():
-        yield
 
 
 def _check_engine(
@@ -112,25 +98,28 @@ def _check_engine(
     under = "" if engine.runtime == "onnxruntime" else f" under {engine.runtime}"
     what = f"the {config.layout} graph{under}"
     bar = f"checking against PyTorch{under}"
-    parity = compare(classifier, engine, x, T, answers=answers, progress=progress, what=bar)
-    parity.check(what)
-    if config.layout == "dynamic":
-        for other in {1, min(T, config.trained_T)} - {T}:
-            compare(classifier, engine, x[:64], other).check(f"{what} at T={other}")
-    if not engine.with_state:
-        return parity, None
-    from_state = compare(
-        classifier,
-        engine,
-        x[:200],
-        engine.chunk_T,
-        from_random_state=True,
-        progress=progress,
-        what=f"from a state{under}",
-    )
-    # Here spikes decide, not classes: see `compare`.
-    replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")
-    return parity, from_state
+    # Before: what is freed as the session opens that gives spikes is not to stay with the process.
+    engine.overlaid(spikes_overlay(neuron["name"] for neuron in engine.metadata["neurons"]))
+    with reused_memory():
+        parity = compare(classifier, engine, x, T, answers=answers, progress=progress, what=bar)
+        parity.check(what)
+        if config.layout == "dynamic":
+            for other in {1, min(T, config.trained_T)} - {T}:
+                compare(classifier, engine, x[:64], other).check(f"{what} at T={other}")
+        if not engine.with_state:
+            return parity, None
+        from_state = compare(
+            classifier,
+            engine,
+            x[:200],
+            engine.chunk_T,
+            from_random_state=True,
+            progress=progress,
+            what=f"from a state{under}",
+        )
+        # Here spikes decide, not classes: see `compare`.
+        replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")
+        return parity, from_state
 
 
 def _check_folding(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: int) -> None:

@@ -78,6 +78,7 @@ def test_each_comparison_of_the_gate_may_refuse(layout: Layout, where: str, monk
 
     monkeypatch.setattr(gate, "compare", compared)
     engine: Any = SimpleNamespace(runtime="onnxruntime", with_state=layout == "step", chunk_T=1)
+    engine.metadata, engine.overlaid = {"neurons": []}, lambda overlay: None
     with pytest.raises(ParityError, match=f"{where} does not compute"):
         gate._check_engine(convsnn(), engine, ExportConfig(layout, trained_T=4), digits().images[:2], None)
 

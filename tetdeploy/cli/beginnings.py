@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.cli.inputs import of_fewer_held_out
 from tetdeploy.cli.recipe import is_given, is_typed
 from tetdeploy.cli.terminal import console
 from tetdeploy.names import is_own_model
@@ -271,8 +272,7 @@ def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, 
         if training.get("val_fraction") is None:
             will, said = "may", "does not say what it held out, and may have been trained on these"
         else:
-            share = f"only {held_out:g}" if held_out else "none"
-            will, said = "will", f"held out {share} of its images and was trained on some of these"
+            will, said = "will", of_fewer_held_out(held_out)
         console.print(
             f"{data.name}: {init} {said}, so the validation accuracy {will} look better than it is; {remedy}",
             style="yellow",

@@ -193,12 +193,16 @@ def _note_first_run(engine: Engine, fraction: float) -> None:
         return
     said, own = (content.get("training") or {}).get("val_fraction"), own_data(engine)
     if said is not None and said < fraction and same_data(own, (content.get("data") or {}).get("name") or ""):
-        share = f"only {said:g}" if said else "none"
         console.print(
-            f"{own}: {first['path']}, which the training began with, held out {share} of its images and was trained "
-            "on some of these, so the threshold may lose more than --loss; name others with --data",
+            f"{own}: {first['path']}, which the training began with, {of_fewer_held_out(said)}, so the threshold may "
+            "lose more than --loss; name others with --data",
             style="yellow",
         )
+
+
+def of_fewer_held_out(share: float) -> str:
+    """What is to be said of a run that held out `share` of its images, and of which a later one holds out more."""
+    return f"held out {f'only {share:g}' if share else 'none'} of its images and was trained on some of these"
 
 
 def _data_name(engine: Engine, data: str | None) -> str:

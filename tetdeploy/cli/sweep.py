@@ -127,7 +127,6 @@ def sweep(
             wanted,
             data=name,
             batch_size=batch_size,
-            num_timed=NUM_TIMED,
             constants=constants,
             tick=lambda done: bar.advance(counted, done),
             timing=lambda done: bar.update(timed, advance=done, visible=True),
