@@ -377,6 +377,94 @@ def test_grains_of_the_most_tiles(way: Way) -> None:
     np.testing.assert_array_equal(session(replaced(model, way)).run(None, {"x": x})[0], expected)
 
 
+def either(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> onnx.ModelProto:
+    """By lookups, or where few neurons fire by additions."""
+    if not native.has_lookups():
+        pytest.skip("this processor, or its system, cannot")
+    monkeypatch.setattr(Few, "most", 1)
+    for limit in ("TAPS", "OUTPUTS", "SPARSE"):
+        monkeypatch.setattr(f"tetdeploy.native.int8_convolutions.LEAST_{limit}", 0)
+    monkeypatch.setattr("tetdeploy.native.convolution.LEAST_ADDED", 1)
+    made = replaced(model, "lookups")
+    assert len(made.graph.node[0].input) == 5
+    return made
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "channels", "kernel", "strides", "pads"),
+    [
+        ((4, 32, 32), (128, 128), (3, 3), [1, 1], [1, 1, 1, 1]),
+        ((2, 8, 8), (512, 512), (3, 3), [1, 1], [1, 1, 1, 1]),
+        ((3, 16, 16), (128, 256), (3, 3), [2, 2], [1, 1, 1, 1]),
+        ((2, 9, 11), (100, 48), (3, 5), [3, 2], [0, 0, 2, 3]),
+        ((1, 1, 1), (300, 33), (3, 3), [1, 1], [1, 1, 1, 1]),
+    ],
+    ids=str,
+)
+def test_one_session_looks_up_and_adds(
+    shape: tuple[int, int, int],
+    channels: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: list[int],
+    pads: list[int],
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = convolution(channels, kernel, strides=strides, pads=pads)
+    plain, made = session(model), session(either(model, monkeypatch), threads)
+    rng = np.random.default_rng(2)
+    for rate in (0.5, 0.02, 0.0, 1.0, 0.1, 0.3):
+        x = (rng.random((*shape, channels[0])) < rate).astype(np.uint8)
+        np.testing.assert_array_equal(made.run(None, {"x": x})[0], plain.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "rate", "adds"),
+    [
+        ((128, 128), (8, 32, 32), 0.02, True),
+        ((128, 128), (8, 32, 32), 0.25, False),
+        ((128, 128), (8, 32, 32), 0.5, False),
+        ((128, 128), (8, 32, 32), 0.99, True),
+        ((512, 512), (4, 8, 8), 0.15, True),
+        ((512, 512), (4, 8, 8), 0.4, False),
+        ((64, 64), (8, 32, 32), 0.02, False),
+    ],
+)
+def test_where_few_neurons_fire_their_weights_are_added(
+    channels: tuple[int, int], shape: tuple[int, int, int], rate: float, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a session tells in which the weights of additions are all 0."""
+    model = either(convolution(channels), monkeypatch)
+    expected, without = session(model), onnx.ModelProto.FromString(model.SerializeToString())
+    rows = next(tensor for tensor in without.graph.initializer if tensor.name == "w.rows1")
+    rows.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(rows)), rows.name))
+    x = (np.random.default_rng(3).random((*shape, channels[0])) < rate).astype(np.uint8)
+    same = np.array_equal(session(without).run(None, {"x": x})[0], expected.run(None, {"x": x})[0])
+    assert same == (not adds)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "vector_bytes", "both"),
+    [(128, 64, 64, True), (64, 128, 32, True), (64, 64, 64, False), (16, 512, 64, False), (128, 64, 16, False)],
+)
+def test_lookups_have_the_weights_of_additions_where_these_may_be_faster(
+    outputs: int, inputs: int, vector_bytes: int, both: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "vector_bytes", lambda: vector_bytes)
+    graph, kinds = convolution((inputs, outputs)).graph, {"y": Kind(TensorProto.UINT8, ("N", 32, 32, outputs))}
+    assert put_int8_convolutions(graph, Inputs(graph, 1), "lookups", kinds) == 1
+    assert len(graph.node[0].input) == (5 if both else 4)
+
+
+def test_damaged_weights_of_additions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = either(convolution(), monkeypatch)
+    rows = next(tensor for tensor in model.graph.initializer if tensor.name == "w.rows1")
+    rows.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(rows)[..., :-1], rows.name))
+    with pytest.raises(Exception, match="Int8Additions: its weights are not in the right order"):
+        session(model)
+
+
 @pytest.mark.parametrize("way", ["additions", "lookups"])
 @pytest.mark.parametrize(("most", "stays"), [(64 * 9 - 1, True), (64 * 9, False)])
 def test_sums_that_may_leave_int32_stay(way: Way, most: int, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +544,8 @@ def test_tiles_are_refused_without_amx() -> None:
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_a_network_has_the_same_logits(layout: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     path, found = int8_exported(layout), list[list[str]]()
-    monkeypatch.setattr("tetdeploy.native.convolution.LEAST_CHANNELS", 1)
+    for limit in ("convolution.LEAST_CHANNELS", "convolution.LEAST_ADDED", "int8_convolutions.LEAST_SPARSE"):
+        monkeypatch.setattr(f"tetdeploy.native.{limit}", 1)
 
     def fuse_with(chosen: Way | None) -> Array:
         def fuse(model: bytes, *states: Any) -> bytes | None:

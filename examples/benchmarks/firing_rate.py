@@ -5,7 +5,8 @@
 
 3x3 taps, random spikes, as many output as input channels; medians over ten runs of the convolution's kernel in ONNX
 Runtime's profile. Columns are those of this processor: additions in registers of 64 bytes take AVX-512, of 32 AVX2,
-lookups, which are int8's alone, AVX-512 with VNNI, tiles AMX.
+lookups, which are int8's alone, AVX-512 with VNNI, tiles AMX. `either` is the way that a call takes where lookups are
+used: these, or additions if few neurons fire.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ def convolution(channels: int, size: int, int8: bool) -> onnx.ModelProto:
 
 def measure(side: str, model: Path, x: np.ndarray, threads: int) -> float:
     kind, _, registers = side.partition(" ")
+    longest = native.vector_bytes() if kind == "either" else int(registers) if kind == "additions" else 0
     with (
         mock.patch.object(native, "has_tiles", return_value=side == "tiles"),
-        mock.patch.object(native, "vector_bytes", return_value=int(registers) if kind == "additions" else 0),
+        mock.patch.object(native, "vector_bytes", return_value=longest),
         mock.patch.object(native, "has_vnni", return_value=kind != "additions"),
-        mock.patch.object(native, "has_fast_lookups", return_value=side == "lookups"),
+        mock.patch.object(native, "has_fast_lookups", return_value=kind in ("lookups", "either")),
     ):
         return convolution_share(model, x, threads, own=side == "ONNX Runtime")["convolutions"]
 
@@ -82,7 +84,7 @@ def main(int8: bool, channels: int, size: int, images: int, threads: int) -> Non
     if (why := native.missing()) is not None:
         raise click.ClickException(why)
     sides = ["ONNX Runtime", *(f"additions {bytes_}" for bytes_ in (64, 32) if bytes_ <= native.vector_bytes())]
-    sides += ["lookups"] if int8 and native.has_lookups() else []
+    sides += ["lookups", "either"] if int8 and native.has_lookups() else []
     sides += ["tiles"] if native.has_tiles() else []
     table = Table(
         title=f"{'int8' if int8 else 'float32'}, {channels} channels, 3x3, {images} x {size}x{size}, "

@@ -5,7 +5,7 @@
     python examples/benchmarks/inference.py [--model resnet19] [--batch 1,8] [--threads 2] [--json inference.json]
 
 The weights are not trained, but BN takes its statistics from the images, so that spikes are about as frequent as in a
-trained network (the rate is printed; float32 without AMX takes longer the more there are). Every side has a process of
+trained network (the rate is printed; without AMX calls may take longer the more there are). Every side has a process of
 its own (`turns`). They take turns, each with two calls to warm up and five that count, and the table shows medians. `as
 fp32` counts of how many images of the last batch a side's class is that of this engine in float32 (8 bits flip spikes,
 and an untrained network amplifies that). `peak` is the largest resident set of a side's process, `opened` how long it

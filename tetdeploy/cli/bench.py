@@ -60,7 +60,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option(
     "--data",
     help="A data set's name or FILE.npz. [default: the reference images beside the model, or else noise, which takes "
-    "as long, except in float32 on a CPU without AMX, where more spikes take longer]",
+    "as long, except on CPUs without AMX, where more spikes may take longer]",
 )
 @click.option("--cuda-graphs", is_flag=True, help="With --device cuda: record each call's kernels, launch them as one.")
 @data_dir_option
@@ -169,8 +169,8 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     if result["data"] == "noise":
         length = " of so many steps" if engine.encoding == "frames" else ""
         notes.append(
-            f"no reference images{length} beside the model: noise takes as long, but in float32 on a CPU without AMX, "
-            "where more spikes take longer"
+            f"no reference images{length} beside the model: noise takes as long, except on CPUs without AMX, where "
+            "more spikes may take longer"
         )
     if engine.is_fixed:
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: a smaller T takes as long")

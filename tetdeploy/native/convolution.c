@@ -14,10 +14,13 @@
  *             `lookups.c` and `additions.c` say
  *   input 2   float32 [O], constant: scale of the input times that of the weights over that of the output; of the weights
  *   input 3   int32 [O], constant: bias; float32
+ *   input 4   of lookups, may be missing: the weights of additions, of a call in which these take less time
  *   output    uint8 [N, H', W', O]; float32
  *   channels, kernel_shape, strides, pads   channels is C, others are as in ONNX
  */
 #include "convolution.h"
+
+#define SPARSE 4 /* the input with the weights of a way's `sparse` one */
 
 static OrtStatusPtr place_outputs(Call* call, const int64_t* dims) {
   const Kernel* kernel = call->kernel;
@@ -34,11 +37,35 @@ static OrtStatusPtr place_outputs(Call* call, const int64_t* dims) {
   return bytes > 0x1p60 ? refused(kernel, "the input is too large") : NULL; /* its sizes would wrap */
 }
 
+/* The share of the inputs that are not 0, by that of some 1,000 lines of the cache. */
+static double firing_rate(const Call* call) {
+  const size_t all = call->images * call->size[0] * call->size[1] * call->kernel->in_channels;
+  const size_t stride = (all / LINE / 1000 | 1) * LINE; /* odd, so that it meets all channels */
+  size_t seen = 0, firing = 0;
+  for (size_t first = 0; first < all; first += stride)
+    for (size_t i = first; i < least(first + LINE, all); ++i, ++seen) firing += call->x[i] != 0;
+  return (double)firing / seen;
+}
+
+/* As the way does, and if its `sparse` one takes fewer cycles as that. */
+static size_t lay_out(Call* call) {
+  const Kernel* kernel = call->kernel;
+  const size_t bytes = kernel->way->lay_out(call);
+  if (kernel->sparse == NULL) return bytes;
+  Call sparse = *call;
+  sparse.kernel = kernel->sparse;
+  const size_t its_bytes = kernel->way->sparse->lay_out(&sparse);
+  const double firing = firing_rate(call);
+  if (kernel->way->sparse->cycles(&sparse, firing) >= kernel->way->cycles(call, firing)) return bytes;
+  *call = sparse;
+  return its_bytes;
+}
+
 static OrtStatusPtr run(Call* call, OrtKernelContext* context) {
+  const size_t bytes = lay_out(call);
   const Kernel* kernel = call->kernel;
   const OrtApi* api = kernel->api;
   const Way* way = kernel->way;
-  const size_t bytes = way->lay_out(call);
   OrtMemoryInfo* where;
   OrtAllocator* allocator;
   TRY(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &where));
@@ -91,6 +118,7 @@ static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) 
 
 static void ORT_API_CALL destroy(void* self) {
   Kernel* kernel = self;
+  if (kernel->sparse != NULL) destroy(kernel->sparse);
   free(kernel->aligned);
   free(kernel->scales);
   free(kernel->biases);
@@ -136,15 +164,16 @@ typedef struct {
 
 static const Way* way_of(const OrtCustomOp* op) { return ((const Operator*)op)->way; }
 
-static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelInfo* info) {
-  const Way* way = kernel->way = way_of(op);
+/* By its way, with the weights that a node has as the input `weights`. */
+static OrtStatusPtr fill_by_way(Kernel* kernel, const OrtKernelInfo* info, size_t weights) {
+  const Way* way = kernel->way;
   int64_t shape[16], packed[16], channels[2], in_channels;
   const void *scales, *biases;
   TRY(kernel->api->KernelInfoGetAttribute_int64(info, "channels", &in_channels));
   TRY(read_sizes(kernel, info, "kernel_shape", 1, kernel->size, 2));
   TRY(read_sizes(kernel, info, "strides", 1, kernel->strides, 2));
   TRY(read_sizes(kernel, info, "pads", 0, kernel->pads, 4));
-  TRY(constant(kernel, info, 1, way->rank, shape, &kernel->weights));
+  TRY(constant(kernel, info, weights, way->rank, shape, &kernel->weights));
   TRY(constant(kernel, info, 2, 1, channels, &scales));
   TRY(constant(kernel, info, 3, 1, channels + 1, &biases));
   if (channels[0] != channels[1]) return refused(kernel, "each channel needs a scale and a bias");
@@ -172,11 +201,24 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelI
   return NULL;
 }
 
+static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelInfo* info) {
+  size_t inputs;
+  kernel->way = way_of(op);
+  TRY(fill_by_way(kernel, info, 1));
+  TRY(kernel->api->KernelInfo_GetInputCount(info, &inputs));
+  if (inputs <= SPARSE) return NULL;
+  if ((kernel->sparse = calloc(1, sizeof *kernel)) == NULL) return refused(kernel, "no memory");
+  kernel->sparse->api = kernel->api;
+  kernel->sparse->way = kernel->way->sparse;
+  return fill_by_way(kernel->sparse, info, SPARSE);
+}
+
 DEFINE_CREATE
 
 static const char* ORT_API_CALL name(const OrtCustomOp* op) { return way_of(op)->name; }
-static size_t ORT_API_CALL inputs(const OrtCustomOp* op) { return (void)op, 4; }
+static size_t ORT_API_CALL inputs(const OrtCustomOp* op) { return way_of(op)->sparse == NULL ? SPARSE : SPARSE + 1; }
 static enum ONNXTensorElementDataType ORT_API_CALL input_type(const OrtCustomOp* op, size_t index) {
+  if (index == SPARSE) return way_of(op)->sparse->weight;
   const enum ONNXTensorElementDataType types[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, way_of(op)->weight,
                                                   ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, way_of(op)->bias};
   return types[index];
@@ -185,7 +227,7 @@ static enum ONNXTensorElementDataType ORT_API_CALL output_type(const OrtCustomOp
   return (void)index, way_of(op)->output;
 }
 static OrtCustomOpInputOutputCharacteristic ORT_API_CALL required(const OrtCustomOp* op, size_t index) {
-  return (void)op, (void)index, INPUT_OUTPUT_REQUIRED;
+  return (void)op, index == SPARSE ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
 }
 
 #define OPERATOR                                                                                                      \

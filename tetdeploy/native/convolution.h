@@ -7,20 +7,23 @@
 
 #define LINE 64 /* bytes of the cache's */
 
+typedef struct Way Way;
 typedef struct Kernel Kernel;
 typedef struct Call Call;
 
 /* A way spreads the input in memory of its own, row by row, and multiplies then, grain by grain; of each, several may be
  * done at the same time. */
-typedef struct {
+struct Way {
   const char* name; /* of the operator */
   size_t rank;      /* of the weights in its order */
   enum ONNXTensorElementDataType weight, bias, output;
   OrtStatusPtr (*fill)(Kernel* kernel, const OrtKernelInfo* info, int64_t* shape); /* what is its own; `shape` of weights */
   size_t (*lay_out)(Call* call); /* the same of a call, `rows` and `grains`; gives the bytes of `spread` */
+  double (*cycles)(const Call* call, double firing); /* roughly, if that share of the inputs is not 0 */
   void (*spread_row)(void* call, size_t row);
   void (*multiply)(void* call, size_t grain);
-} Way;
+  const Way* sparse; /* which may take fewer cycles where few neurons fire, and has weights of its own; or NULL */
+};
 
 extern const Way INT8_TILES, INT8_ADDITIONS, INT8_LOOKUPS, SPIKE_TILES, SPIKE_ADDITIONS;
 
@@ -40,7 +43,8 @@ struct Kernel {
   size_t rows, most;     /* of additions: input channels in a chunk, what each is at most, */
   size_t width;          /* output channels in a block */
   int64_t vector_bytes;  /* and how long the registers are */
-  int64_t together;      /* of lookups: runs whose sums are int16 */
+  int64_t together;      /* of lookups: runs whose sums are int16, */
+  Kernel* sparse;        /* and the same by additions; NULL without weights for them */
 };
 
 struct Call {

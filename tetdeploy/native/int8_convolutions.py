@@ -1,6 +1,6 @@
 """Puts int8 convolutions of this package in place of ONNX Runtime's: in tiles (`tiles.c`) where the processor has AMX,
-and of spikes by lookups (`lookups.c`) where it is AMD's with AVX-512, or by additions (`additions.c`) where it has
-AVX2, but no instructions that multiply int8 (VNNI)."""
+and of spikes by lookups (`lookups.c`) where it is AMD's with AVX-512, or by additions (`additions.c`) in calls in which
+few neurons fire there, and in all where it has AVX2, but no instructions that multiply int8 (VNNI)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ MOST = 2**31 // 128  # inputs of 1 that may add up within int32
 LEAST_WEIGHTS = 2048  # of a tap, of which additions are the faster way
 LEAST_TAPS = 2  # of lookups, and outputs that a channel has in a call:
 LEAST_OUTPUTS = 128
+LEAST_SPARSE = 8192  # weights of a tap, of which lookups take longer than additions where few neurons fire
 
 
 def best_way() -> Way | None:
@@ -92,6 +93,7 @@ def _convolution(
         return None
     digits = numpy_helper.to_array(weights)
     own = {"zero_point": int(numpy_helper.to_array(y_zero).item())}
+    sparse = list[onnx.TensorProto]()
     whole = wholes.of(x)
     most = whole.most if whole is not None and whole.most * digits[0].size <= MOST else MOST
     if way == "additions":
@@ -104,6 +106,9 @@ def _convolution(
             return None
         op, packed, order = "Int8Lookups", groups_of(digits), "groups"
         own |= {"together": runs_together(digits)}
+        if has_additions() and can_add(most, weights) and math.prod(weights.dims[:2]) >= LEAST_SPARSE:
+            sparse = [numpy_helper.from_array(rows_of(digits.astype(np.int16), most), f"{weights.name}.rows{most}")]
+            own |= {"most": most, "vector_bytes": native.vector_bytes()}
     else:
         op, packed, order = "Int8Convolution", tiles_of(digits[None]), "tiles"
         own |= {"plain": int(way == "plain")}
@@ -114,5 +119,5 @@ def _convolution(
             np.broadcast_to(scales.astype(np.float32), len(digits)).copy(), f"{node.output[0]}.scales"
         ),
     ]
-    read = [x, *(tensor.name for tensor in made), bias]
-    return native_convolution(op, read, node.output[0], weights, attributes, **own), made
+    read = [x, *(tensor.name for tensor in made), bias, *(tensor.name for tensor in sparse)]
+    return native_convolution(op, read, node.output[0], weights, attributes, **own), made + sparse
