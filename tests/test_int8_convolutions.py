@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.native.fusing import fuse_model
-from tetdeploy.native.graphs import Kind
+from tetdeploy.native.graphs import Kind, attributes_of
 from tetdeploy.native.int8_convolutions import Way, best_way, put_int8_convolutions
 from tetdeploy.native.packing import runs_together
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers
@@ -385,9 +385,7 @@ def either(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> onnx.Mode
     for limit in ("TAPS", "OUTPUTS", "SPARSE"):
         monkeypatch.setattr(f"tetdeploy.native.int8_convolutions.LEAST_{limit}", 0)
     monkeypatch.setattr("tetdeploy.native.convolution.LEAST_ADDED", 1)
-    made = replaced(model, "lookups")
-    assert len(made.graph.node[0].input) == 5
-    return made
+    return replaced(model, "lookups")
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -434,34 +432,42 @@ def test_one_session_looks_up_and_adds(
 def test_where_few_neurons_fire_their_weights_are_added(
     channels: tuple[int, int], shape: tuple[int, int, int], rate: float, adds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a session tells in which the weights of additions are all 0."""
-    model = either(convolution(channels), monkeypatch)
-    expected, without = session(model), onnx.ModelProto.FromString(model.SerializeToString())
-    rows = next(tensor for tensor in without.graph.initializer if tensor.name == "w.rows1")
-    rows.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(rows)), rows.name))
+    """Inputs of 2 tell: lookups take them for 1, additions that are to expect them add weights twice."""
+    plain = convolution(channels)
+    model = either(plain, monkeypatch)
+    change_attributes(model.graph.node[0], {"most": 2})
     x = (np.random.default_rng(3).random((*shape, channels[0])) < rate).astype(np.uint8)
-    same = np.array_equal(session(without).run(None, {"x": x})[0], expected.run(None, {"x": x})[0])
-    assert same == (not adds)
+    once, twice = (session(plain).run(None, {"x": times * x})[0] for times in (1, 2))
+    assert not np.array_equal(once, twice)
+    np.testing.assert_array_equal(session(model).run(None, {"x": 2 * x})[0], twice if adds else once)
 
 
 @pytest.mark.parametrize(
     ("outputs", "inputs", "vector_bytes", "both"),
     [(128, 64, 64, True), (64, 128, 32, True), (64, 64, 64, False), (16, 512, 64, False), (128, 64, 16, False)],
 )
-def test_lookups_have_the_weights_of_additions_where_these_may_be_faster(
+def test_lookups_give_way_to_additions_where_these_may_be_faster(
     outputs: int, inputs: int, vector_bytes: int, both: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "vector_bytes", lambda: vector_bytes)
     graph, kinds = convolution((inputs, outputs)).graph, {"y": Kind(TensorProto.UINT8, ("N", 32, 32, outputs))}
     assert put_int8_convolutions(graph, Inputs(graph, 1), "lookups", kinds) == 1
-    assert len(graph.node[0].input) == (5 if both else 4)
+    assert attributes_of(graph.node[0])["vector_bytes"] == (vector_bytes if both else 0)
 
 
-def test_damaged_weights_of_additions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"vector_bytes": 128}, "this processor has shorter vector registers"),
+        ({"vector_bytes": 64, "most": 0}, "the largest input is no byte"),
+    ],
+)
+def test_additions_that_lookups_cannot_give_way_to_are_refused(
+    change: dict[str, int], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = either(convolution(), monkeypatch)
-    rows = next(tensor for tensor in model.graph.initializer if tensor.name == "w.rows1")
-    rows.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(rows)[..., :-1], rows.name))
-    with pytest.raises(Exception, match="Int8Additions: its weights are not in the right order"):
+    change_attributes(model.graph.node[0], change)
+    with pytest.raises(Exception, match=f"ai.tetdeploy::Int8Additions: {says}"):
         session(model)
 
 
@@ -513,11 +519,14 @@ def test_lookups_of_no_run_are_refused(way: Way) -> None:
 
 def refuses(change: dict[str, Any], says: str, way: Way) -> None:
     model = replaced(convolution(), way)
-    node = model.graph.node[0]
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute} | change
-    node.CopyFrom(helper.make_node(node.op_type, node.input, node.output, domain=node.domain, **attributes))
+    change_attributes(model.graph.node[0], change)
     with pytest.raises(Exception, match=f"ai.tetdeploy::{OPERATORS[way]}: {says}"):
         session(model)
+
+
+def change_attributes(node: onnx.NodeProto, change: dict[str, Any]) -> None:
+    attributes = attributes_of(node) | change
+    node.CopyFrom(helper.make_node(node.op_type, node.input, node.output, domain=node.domain, **attributes))
 
 
 @pytest.mark.parametrize(

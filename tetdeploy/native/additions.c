@@ -296,6 +296,13 @@ static OrtStatusPtr fill_int8(Kernel* kernel, const OrtKernelInfo* info, int64_t
   return fill(kernel, info, sizeof(int16_t), shape);
 }
 
+static void put_int8(Kernel* kernel, size_t output, size_t channel, size_t tap, int weight) {
+  const size_t chunk = output / kernel->width * kernel->chunks + channel / kernel->rows;
+  int16_t* panel = (int16_t*)kernel->aligned + (chunk * kernel->taps + tap) * (1 + kernel->rows) * kernel->width;
+  panel[output % kernel->width] += weight;
+  panel[(1 + channel % kernel->rows) * kernel->width + output % kernel->width] = weight;
+}
+
 #define ADDITIONS_WAY .rank = 6, .lay_out = lay_out, .cycles = cycles, .spread_row = spread_row
 const Way SPIKE_ADDITIONS = {.name = "SpikeAdditions",
                              .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
@@ -310,4 +317,5 @@ const Way INT8_ADDITIONS = {.name = "Int8Additions",
                             .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
                             .fill = fill_int8,
                             .multiply = multiply_int8,
+                            .put = put_int8,
                             ADDITIONS_WAY};

@@ -14,13 +14,10 @@
  *             `lookups.c` and `additions.c` say
  *   input 2   float32 [O], constant: scale of the input times that of the weights over that of the output; of the weights
  *   input 3   int32 [O], constant: bias; float32
- *   input 4   of lookups, may be missing: the weights of additions, of a call in which these take less time
  *   output    uint8 [N, H', W', O]; float32
  *   channels, kernel_shape, strides, pads   channels is C, others are as in ONNX
  */
 #include "convolution.h"
-
-#define SPARSE 4 /* the input with the weights of a way's `sparse` one */
 
 static OrtStatusPtr place_outputs(Call* call, const int64_t* dims) {
   const Kernel* kernel = call->kernel;
@@ -118,7 +115,8 @@ static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) 
 
 static void ORT_API_CALL destroy(void* self) {
   Kernel* kernel = self;
-  if (kernel->sparse != NULL) destroy(kernel->sparse);
+  if (kernel->sparse != NULL) free(kernel->sparse->aligned); /* all else is the kernel's */
+  free(kernel->sparse);
   free(kernel->aligned);
   free(kernel->scales);
   free(kernel->biases);
@@ -164,16 +162,42 @@ typedef struct {
 
 static const Way* way_of(const OrtCustomOp* op) { return ((const Operator*)op)->way; }
 
-/* By its way, with the weights that a node has as the input `weights`. */
-static OrtStatusPtr fill_by_way(Kernel* kernel, const OrtKernelInfo* info, size_t weights) {
-  const Way* way = kernel->way;
+static size_t bytes_of(const Way* way, const int64_t* shape) {
+  size_t bytes = way->weight == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32   ? sizeof(int32_t)
+                 : way->weight == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16 ? sizeof(int16_t)
+                                                                      : 1;
+  for (size_t axis = 0; axis < way->rank; ++axis) bytes *= shape[axis];
+  return bytes;
+}
+
+/* The kernel's `sparse` one, with weights in its own order. */
+static OrtStatusPtr fill_sparse(Kernel* kernel, const OrtKernelInfo* info) {
+  int64_t shape[16];
+  Kernel* sparse = kernel->sparse = malloc(sizeof *sparse);
+  if (sparse == NULL) return refused(kernel, "no memory");
+  *sparse = *kernel;
+  sparse->way = kernel->way->sparse;
+  sparse->sparse = NULL;
+  sparse->aligned = NULL;
+  TRY(sparse->way->fill(sparse, info, shape));
+  sparse->weights = sparse->aligned = zeros(bytes_of(sparse->way, shape));
+  if (sparse->aligned == NULL) return refused(kernel, "no memory");
+  for (size_t output = 0; output < kernel->out_channels; ++output)
+    for (size_t channel = 0; channel < kernel->in_channels; ++channel)
+      for (size_t tap = 0; tap < kernel->taps; ++tap)
+        sparse->way->put(sparse, output, channel, tap, kernel->way->weight_of(kernel, output, channel, tap));
+  return NULL;
+}
+
+static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelInfo* info) {
+  const Way* way = kernel->way = way_of(op);
   int64_t shape[16], packed[16], channels[2], in_channels;
   const void *scales, *biases;
   TRY(kernel->api->KernelInfoGetAttribute_int64(info, "channels", &in_channels));
   TRY(read_sizes(kernel, info, "kernel_shape", 1, kernel->size, 2));
   TRY(read_sizes(kernel, info, "strides", 1, kernel->strides, 2));
   TRY(read_sizes(kernel, info, "pads", 0, kernel->pads, 4));
-  TRY(constant(kernel, info, weights, way->rank, shape, &kernel->weights));
+  TRY(constant(kernel, info, 1, way->rank, shape, &kernel->weights));
   TRY(constant(kernel, info, 2, 1, channels, &scales));
   TRY(constant(kernel, info, 3, 1, channels + 1, &biases));
   if (channels[0] != channels[1]) return refused(kernel, "each channel needs a scale and a bias");
@@ -183,10 +207,7 @@ static OrtStatusPtr fill_by_way(Kernel* kernel, const OrtKernelInfo* info, size_
   kernel->taps = kernel->size[0] * kernel->size[1];
   if (kernel->taps > 1 << 10) return refused(kernel, "the kernel is too large");
   TRY(way->fill(kernel, info, packed));
-  size_t bytes = way->weight == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32   ? sizeof(int32_t)
-                 : way->weight == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16 ? sizeof(int16_t)
-                                                                      : 1;
-  for (size_t axis = 0; axis < way->rank; bytes *= packed[axis++])
+  for (size_t axis = 0; axis < way->rank; ++axis)
     if (shape[axis] != packed[axis]) return refused(kernel, "its weights are not in the right order");
   const size_t whole = parts(kernel->out_channels, 2 * LINE) * 2 * LINE * sizeof(float); /* a block is no larger */
   kernel->scales = zeros(whole);
@@ -195,30 +216,17 @@ static OrtStatusPtr fill_by_way(Kernel* kernel, const OrtKernelInfo* info, size_
   memcpy(kernel->scales, scales, kernel->out_channels * sizeof(float));
   memcpy(kernel->biases, biases, kernel->out_channels * sizeof(float)); /* int32 is as long */
   if ((uintptr_t)kernel->weights % LINE != 0) { /* what lies across two lines of the cache would take twice the time */
-    if ((kernel->aligned = zeros(bytes)) == NULL) return refused(kernel, "no memory");
-    kernel->weights = memcpy(kernel->aligned, kernel->weights, bytes);
+    if ((kernel->aligned = zeros(bytes_of(way, shape))) == NULL) return refused(kernel, "no memory");
+    kernel->weights = memcpy(kernel->aligned, kernel->weights, bytes_of(way, shape));
   }
-  return NULL;
-}
-
-static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelInfo* info) {
-  size_t inputs;
-  kernel->way = way_of(op);
-  TRY(fill_by_way(kernel, info, 1));
-  TRY(kernel->api->KernelInfo_GetInputCount(info, &inputs));
-  if (inputs <= SPARSE) return NULL;
-  if ((kernel->sparse = calloc(1, sizeof *kernel)) == NULL) return refused(kernel, "no memory");
-  kernel->sparse->api = kernel->api;
-  kernel->sparse->way = kernel->way->sparse;
-  return fill_by_way(kernel->sparse, info, SPARSE);
+  return way->sparse != NULL && kernel->vector_bytes > 0 ? fill_sparse(kernel, info) : NULL;
 }
 
 DEFINE_CREATE
 
 static const char* ORT_API_CALL name(const OrtCustomOp* op) { return way_of(op)->name; }
-static size_t ORT_API_CALL inputs(const OrtCustomOp* op) { return way_of(op)->sparse == NULL ? SPARSE : SPARSE + 1; }
+static size_t ORT_API_CALL inputs(const OrtCustomOp* op) { return (void)op, 4; }
 static enum ONNXTensorElementDataType ORT_API_CALL input_type(const OrtCustomOp* op, size_t index) {
-  if (index == SPARSE) return way_of(op)->sparse->weight;
   const enum ONNXTensorElementDataType types[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, way_of(op)->weight,
                                                   ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, way_of(op)->bias};
   return types[index];
@@ -227,7 +235,7 @@ static enum ONNXTensorElementDataType ORT_API_CALL output_type(const OrtCustomOp
   return (void)index, way_of(op)->output;
 }
 static OrtCustomOpInputOutputCharacteristic ORT_API_CALL required(const OrtCustomOp* op, size_t index) {
-  return (void)op, index == SPARSE ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  return (void)op, (void)index, INPUT_OUTPUT_REQUIRED;
 }
 
 #define OPERATOR                                                                                                      \

@@ -22,7 +22,9 @@ struct Way {
   double (*cycles)(const Call* call, double firing); /* roughly, if that share of the inputs is not 0 */
   void (*spread_row)(void* call, size_t row);
   void (*multiply)(void* call, size_t grain);
-  const Way* sparse; /* which may take fewer cycles where few neurons fire, and has weights of its own; or NULL */
+  const Way* sparse; /* which may take fewer cycles where few neurons fire; or NULL */
+  int (*weight_of)(const Kernel* kernel, size_t output, size_t channel, size_t tap); /* that is given to the sparse one, */
+  void (*put)(Kernel* kernel, size_t output, size_t channel, size_t tap, int weight); /* where all begin as zeros */
 };
 
 extern const Way INT8_TILES, INT8_ADDITIONS, INT8_LOOKUPS, SPIKE_TILES, SPIKE_ADDITIONS;
@@ -44,7 +46,7 @@ struct Kernel {
   size_t width;          /* output channels in a block */
   int64_t vector_bytes;  /* and how long the registers are */
   int64_t together;      /* of lookups: runs whose sums are int16, */
-  Kernel* sparse;        /* and the same by additions; NULL without weights for them */
+  Kernel* sparse;        /* and the same convolution by additions, or NULL */
 };
 
 struct Call {

@@ -93,7 +93,6 @@ def _convolution(
         return None
     digits = numpy_helper.to_array(weights)
     own = {"zero_point": int(numpy_helper.to_array(y_zero).item())}
-    sparse = list[onnx.TensorProto]()
     whole = wholes.of(x)
     most = whole.most if whole is not None and whole.most * digits[0].size <= MOST else MOST
     if way == "additions":
@@ -105,10 +104,8 @@ def _convolution(
         if most > 1 or digits[0, 0].size < LEAST_TAPS or outputs < LEAST_OUTPUTS:
             return None
         op, packed, order = "Int8Lookups", groups_of(digits), "groups"
-        own |= {"together": runs_together(digits)}
-        if has_additions() and can_add(most, weights) and math.prod(weights.dims[:2]) >= LEAST_SPARSE:
-            sparse = [numpy_helper.from_array(rows_of(digits.astype(np.int16), most), f"{weights.name}.rows{most}")]
-            own |= {"most": most, "vector_bytes": native.vector_bytes()}
+        adds = has_additions() and can_add(most, weights) and math.prod(weights.dims[:2]) >= LEAST_SPARSE
+        own |= {"together": runs_together(digits), "most": 1, "vector_bytes": native.vector_bytes() if adds else 0}
     else:
         op, packed, order = "Int8Convolution", tiles_of(digits[None]), "tiles"
         own |= {"plain": int(way == "plain")}
@@ -119,5 +116,5 @@ def _convolution(
             np.broadcast_to(scales.astype(np.float32), len(digits)).copy(), f"{node.output[0]}.scales"
         ),
     ]
-    read = [x, *(tensor.name for tensor in made), bias, *(tensor.name for tensor in sparse)]
-    return native_convolution(op, read, node.output[0], weights, attributes, **own), made + sparse
+    read = [x, *(tensor.name for tensor in made), bias]
+    return native_convolution(op, read, node.output[0], weights, attributes, **own), made

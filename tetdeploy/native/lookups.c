@@ -6,7 +6,7 @@
  *             and a group five input channels, of which the first comes last; of 64 the last group has four; filled with zeros
  *   together  so many runs add up within int16; a run is as many groups and taps as is said below
  *   zero_point   of the uint8 output
- *   and what additions.c says, where the node has their weights, too, for calls in which few neurons fire
+ *   vector_bytes   of additions, which calls use in which few neurons fire; 0 if they never do. `most` is 1
  *
  * A call first writes, in planes, which channels of a group fire, five bits for each position. A grain makes the tables of a
  * run of groups and taps, for eight channels, and looks up its sums at the positions of one tile after the other.
@@ -39,6 +39,9 @@ int has_fast_lookups(void) {
   return 0;
 #endif
 }
+
+/* Of SOME outputs, for a group and tap. */
+typedef struct { int8_t of[SOME][CHANNELS]; } Weights;
 
 #if X86
 #define FOR_LOOKUPS __attribute__((target(V4 ",avx512vnni")))
@@ -74,9 +77,8 @@ INLINED int32_t four_bytes(const int8_t* from) {
   return read;
 }
 
-/* Of SOME outputs, for a group and tap or for a tile, and their weights. */
+/* Of SOME outputs, for a group and tap or for a tile. */
 typedef struct { __m512i of[SOME]; } Some;
-typedef struct { int8_t of[SOME][CHANNELS]; } Weights;
 
 /* For each of `n` groups and taps. Lane i has the sum of the channels whose bits i has. */
 FOR_LOOKUPS INLINED void make_tables(Some* tables, const Weights* weights, size_t n) {
@@ -249,6 +251,7 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info, int64_t* sha
   if (!has_lookups()) return refused(kernel, "this processor has no AVX-512, or no VNNI");
   TRY(read_zero_point(kernel, info));
   TRY(kernel->api->KernelInfoGetAttribute_int64(info, "together", &kernel->together));
+  TRY(kernel->api->KernelInfoGetAttribute_int64(info, "vector_bytes", &kernel->vector_bytes));
   if (kernel->together < 1) return refused(kernel, "no run adds up");
   const size_t whole = kernel->in_channels / CHUNK * parts(CHUNK, CHANNELS);
   kernel->chunks = whole + parts(kernel->in_channels % CHUNK, CHANNELS);
@@ -256,6 +259,12 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info, int64_t* sha
   const int64_t sizes[] = {kernel->blocks, OUTPUTS / SOME, kernel->chunks, kernel->size[0], kernel->size[1], SOME, CHANNELS};
   memcpy(shape, sizes, sizeof sizes);
   return NULL;
+}
+
+static int weight_of(const Kernel* kernel, size_t output, size_t channel, size_t tap) {
+  const size_t group = channel / CHUNK * parts(CHUNK, CHANNELS) + channel % CHUNK / CHANNELS;
+  const Weights* its = (const Weights*)kernel->weights + (output / SOME * kernel->chunks + group) * kernel->taps + tap;
+  return its->of[output % SOME][(channel % CHUNK % CHANNELS + CHANNELS - 1) % CHANNELS];
 }
 
 const Way INT8_LOOKUPS = {.name = "Int8Lookups",
@@ -270,4 +279,5 @@ const Way INT8_LOOKUPS = {.name = "Int8Lookups",
                           .multiply = multiply,
 #endif
                           .fill = fill,
-                          .sparse = &INT8_ADDITIONS};
+                          .sparse = &INT8_ADDITIONS,
+                          .weight_of = weight_of};
