@@ -53,11 +53,11 @@ from tetdeploy.data import (
 from tetdeploy.data.cache import Cache
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.data.download import download
+from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.data.folder import class_files
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.images import channel_statistics, mixed_order, stratified
 from tetdeploy.storage import files
-from tetdeploy.storage.provenance import images_sha256
 from tetdeploy.system.signals import handled
 
 NO_DATA = Path("nowhere")

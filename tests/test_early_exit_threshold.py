@@ -26,6 +26,7 @@ from rich.text import Text
 
 from tetdeploy.cli import main
 from tetdeploy.data import load_data, save_npz, split_validation
+from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_rule
 from tetdeploy.early_exit.savings import measure
 from tetdeploy.early_exit.threshold import (
@@ -45,7 +46,6 @@ from tetdeploy.report.early_exit import rule as rule_shown
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 from tetdeploy.storage.files import sha256_of
-from tetdeploy.storage.provenance import images_sha256
 from tetdeploy.storage.tensor_file import write_tensors
 
 Array = np.ndarray[Any, Any]

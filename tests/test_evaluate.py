@@ -25,10 +25,11 @@ from tetdeploy.cli.beginnings import note_trained_on
 from tetdeploy.cli.inputs import load_part
 from tetdeploy.cli.terminal import command_line
 from tetdeploy.data import FrameSet, load_data, save_npz, split_validation
+from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.export.trained import Trained
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig, build_network, run_network
-from tetdeploy.storage.files import read_npz, sha256_of
-from tetdeploy.storage.provenance import images_sha256
+from tetdeploy.storage.arrays import read_npz
+from tetdeploy.storage.files import sha256_of
 from tetdeploy.train import evaluate
 from tetdeploy.train.validation import classes_by_step, count_correct
 

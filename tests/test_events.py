@@ -53,6 +53,7 @@ from tetdeploy.data.events import (
     read_npz,
     to_frames,
 )
+from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.labelled import LabelledSet
 from tetdeploy.data.saccades import NUM_STEPS, saccade_events, saccade_frames, saccade_path
@@ -61,7 +62,6 @@ from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import LIF
 from tetdeploy.storage.form import as_json
-from tetdeploy.storage.provenance import images_sha256
 from tetdeploy.train import TrainConfig, distillation_loss, train
 from tetdeploy.train.augment import AUGMENTATIONS, same_at_every_step
 from tetdeploy.train.device_images import DeviceImages, Draws

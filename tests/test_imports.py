@@ -181,6 +181,7 @@ def test_names_of_the_package_are_found_lazily() -> None:
         ("train", "export|report|cli"),
         ("export", "train|report|cli"),
         ("tetdeploy/report", "cli"),
+        ("tetdeploy/storage", "(?!storage|system|arguments|energy|wording|__version__)\\w+"),
     ],
 )
 def test_imports_go_one_way(folder: str, unknown: str) -> None:

@@ -28,6 +28,7 @@ from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.sweep import _prices, print_sweep
 from tetdeploy.cli.sweep import sweep as sweep_command
 from tetdeploy.data import save_npz
+from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.early_exit.threshold import run_answers
 from tetdeploy.energy import CONVENTIONS, layers_of, other_ops_pj
 from tetdeploy.engine import Engine
@@ -36,7 +37,6 @@ from tetdeploy.report.numbers import count, energy
 from tetdeploy.report.sweep_plot import plot_sweep
 from tetdeploy.report.tables import BILLS, layers_table, other_ops_table, sweep_table
 from tetdeploy.steps import parse_steps
-from tetdeploy.storage.provenance import images_sha256
 from tetdeploy.sweep import Row, Sweep, Tally, check_images, check_logits, sweep
 
 

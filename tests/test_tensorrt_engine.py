@@ -20,11 +20,11 @@ from PIL import Image
 from tetdeploy.cli import main
 from tetdeploy.early_exit import Exit, certainty, load_exit
 from tetdeploy.engine import Engine, open_engine
+from tetdeploy.measured import engine_provenance
 from tetdeploy.runtimes import tensorrt_engine
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.runtimes.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
 from tetdeploy.runtimes.tensorrt_engine import TensorRTEngine, check_target
-from tetdeploy.storage.provenance import engine_provenance
 from tetdeploy.streams import StreamPool
 
 

@@ -25,12 +25,12 @@ from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.class_names import check_classes
 from tetdeploy.cli import main
 from tetdeploy.cli.fail_under import Gate, check_gates, describe, parse_gate, place_gates
+from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
 from tetdeploy.resumable import Partial, Pass
 from tetdeploy.storage.files import sha256_of, write_json
 from tetdeploy.storage.model_file import METADATA_KEY
-from tetdeploy.storage.provenance import images_sha256
 
 CONTRACT = {"T", "accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "latency_ms"}
 CONTRACT |= {"top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
-from tetdeploy.storage.files import read_npz
+from tetdeploy.storage.arrays import read_npz
 from tetdeploy.sweep import Sweep, Tally, running_sum
 
 _NEEDED = ("x", "per_step", "spike_counts", "neurons")

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from tetdeploy.arguments import check_whole
 from tetdeploy.engine import Engine
+from tetdeploy.measured import engine_provenance
 from tetdeploy.runtimes.nvidia import gpu_name
 from tetdeploy.runtimes.sessions import MOST_THREADS, PROVIDERS, RUNTIMES, check_runtime
-from tetdeploy.storage.provenance import engine_provenance
 from tetdeploy.system.extras import import_extra
 from tetdeploy.system.machine import cpu_model, load_average, read_cpuinfo, usable_cores
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine, Result
 from tetdeploy.names import section
-from tetdeploy.storage.files import read_npz, write_npz
+from tetdeploy.storage.arrays import read_npz, write_npz
 from tetdeploy.storage.form import parse_json
 from tetdeploy.sweep import Tally
 

@@ -21,7 +21,8 @@ from tetdeploy.batches import parts
 from tetdeploy.engine import Array, Engine
 from tetdeploy.engine_stream import StepResult, check_finite
 from tetdeploy.runtimes.native_session import zeros_last
-from tetdeploy.storage.files import atomic_write, opened_npz
+from tetdeploy.storage.arrays import opened_npz
+from tetdeploy.storage.files import atomic_write
 
 _PREFIX = "carried."  # of the arrays' names in a file
 _MOST_STEPS = 2**62  # of a state, so that int64 counts those that come

@@ -14,9 +14,9 @@ from tetdeploy.arguments import check_count
 from tetdeploy.batches import parts
 from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
 from tetdeploy.engine import Engine
+from tetdeploy.measured import engine_provenance, images_provenance
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
-from tetdeploy.storage.provenance import engine_provenance, images_provenance
 
 NUM_TIMED = 30  # calls for each latency
 _MOST_SECONDS = 60  # of timing, after which no round begins but the first three

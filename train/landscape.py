@@ -31,7 +31,7 @@ from tetdeploy.arguments import check_count, check_number, check_whole
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.networks import Classifier
 from tetdeploy.steps import MAX_T
-from tetdeploy.storage.files import read_npz, write_npz
+from tetdeploy.storage.arrays import read_npz, write_npz
 from tetdeploy.storage.form import as_json, parse_json
 from tetdeploy.sweep import check_class_numbers
 

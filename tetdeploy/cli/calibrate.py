@@ -98,10 +98,10 @@ def calibrate(
     accuracy; the one that takes the fewest steps on average and loses no more than --loss, with 95 % confidence, goes
     beside the model, into MODEL.exit.json. Needs no torch.
     """
+    from tetdeploy.data.fingerprint import images_sha256
     from tetdeploy.early_exit import CRITERIA, exit_path
     from tetdeploy.early_exit.threshold import check_min_T, find_threshold, run_answers
     from tetdeploy.report.early_exit import calibration_shown
-    from tetdeploy.storage.provenance import images_sha256
 
     engine = chosen.engine()
     note_other_checkpoint(engine)

@@ -29,7 +29,8 @@ from tetdeploy.cli.options import (
 )
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.steps import trained_T
-from tetdeploy.storage.files import write_json, write_npz
+from tetdeploy.storage.arrays import write_npz
+from tetdeploy.storage.files import write_json
 from tetdeploy.storage.provenance import own_fraction
 from tetdeploy.storage.run_folder import CHECKPOINT_NAME, newest_run, seed_runs
 from tetdeploy.system.extras import import_extra

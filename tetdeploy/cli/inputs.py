@@ -10,9 +10,10 @@ import click
 
 from tetdeploy.class_names import check_classes
 from tetdeploy.cli.terminal import command_line, console
+from tetdeploy.measured import own_data, said_of_data
 from tetdeploy.names import is_npz, is_own_model
 from tetdeploy.storage.form import parse_json
-from tetdeploy.storage.provenance import own_data, own_fraction, said_of_data
+from tetdeploy.storage.provenance import own_fraction
 from tetdeploy.storage.run_folder import other_checkpoint, weights_file, weights_sha256
 from tetdeploy.storage.tensor_file import read_content
 

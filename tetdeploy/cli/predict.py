@@ -10,8 +10,8 @@ import click
 from tetdeploy.cli.inputs import as_model_input, default_steps
 from tetdeploy.cli.options import AT_LEAST_1, STEPS, device_option, json_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
+from tetdeploy.measured import own_data, said_of_data
 from tetdeploy.storage.files import write_json
-from tetdeploy.storage.provenance import own_data, said_of_data
 from tetdeploy.system.extras import MissingExtraError, import_extra
 from tetdeploy.wording import in_one_line
 

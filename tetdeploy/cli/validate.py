@@ -311,8 +311,8 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
 def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
     """The file of an unfinished run, with all that decides its result."""
     from tetdeploy import __version__
+    from tetdeploy.data.fingerprint import images_sha256
     from tetdeploy.resumable import Partial
-    from tetdeploy.storage.provenance import images_sha256
 
     engine = run.engine
     decisive = {"model": engine.sha256, "device": engine.device, "data": name, "images": len(run.x), "T": run.T}

@@ -11,7 +11,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tetdeploy.storage.files import cache_folder, opened_npz, write_npz
+from tetdeploy.storage.arrays import opened_npz, write_npz
+from tetdeploy.storage.files import cache_folder
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.arguments import check_whole
-from tetdeploy.storage.files import opened_npz
+from tetdeploy.storage.arrays import opened_npz
 from tetdeploy.system.extras import MissingExtraError, import_extra
 from tetdeploy.wording import in_one_line, shorten
 

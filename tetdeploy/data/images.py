@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.arguments import check_path, check_type
 from tetdeploy.batches import parts
-from tetdeploy.storage.files import opened_npz, write_npz
+from tetdeploy.storage.arrays import opened_npz, write_npz
 
 from .labelled import Encoding, LabelledSet, Split
 

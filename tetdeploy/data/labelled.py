@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.storage.provenance import images_sha256
-
 from .events import Framing
+from .fingerprint import images_sha256
 
 Split = Literal["train", "test"]
 Encoding = Literal["direct", "frames"]

@@ -21,7 +21,7 @@ from tetdeploy.early_exit import Exit
 from tetdeploy.early_exit.threshold import Paired
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
-from tetdeploy.storage.provenance import engine_provenance, images_provenance
+from tetdeploy.measured import engine_provenance, images_provenance
 from tetdeploy.sweep import Tally, check_images
 from tetdeploy.system.machine import load_average
 

@@ -20,7 +20,7 @@ from tetdeploy.arguments import check_flag
 from tetdeploy.batches import parts
 from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty
 from tetdeploy.engine import Engine
-from tetdeploy.storage.provenance import engine_provenance
+from tetdeploy.measured import engine_provenance
 from tetdeploy.sweep import check_images, check_logits, running_sum
 
 Z = 1.96  # of a one-sided level of 2.5 %

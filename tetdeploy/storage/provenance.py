@@ -1,8 +1,7 @@
-"""What a file says of where it comes from: versions, time, and the model that was measured. Needs no torch."""
+"""What a file says of where it comes from: versions, time, and the run behind a model. Needs no torch."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -10,17 +9,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from tetdeploy import __version__
-from tetdeploy.batches import parts
 from tetdeploy.storage.form import FRACTION, NUMBER, STEP
-
-if TYPE_CHECKING:
-    from tetdeploy.engine import Engine
 
 PARENT = {"path!": str, "checkpoint_sha256!": str}  # what `--init` leaves in a run's files, see `storage.form`
 _SETTINGS = ("width", "tau", "v_th", "gamma", "smooth_spike")
@@ -76,55 +68,7 @@ def version() -> str:
     return f"{__version__}+g{branch.split()[-1][:12]}{'.dirty' if changed else ''}"
 
 
-def engine_provenance(engine: Engine) -> dict[str, Any]:
-    """What a result must say of the model and of the measurement besides its numbers, as JSON."""
-    return {
-        "model_sha256": engine.sha256,
-        "checkpoint_sha256": engine.metadata["source"].get("checkpoint_sha256"),
-        "trained_T": engine.trained_T,
-        "layout": engine.layout,
-        "encoding": engine.encoding,
-        "input_dtype": str(engine.input_dtype),
-        "num_classes": len(engine.class_names),
-        "device": engine.device,
-        "runtime": engine.runtime,
-    } | written(numpy=np.__version__, **engine.runtime_version)
-
-
-def own_data(engine: Engine) -> str:
-    """What the model was trained on; empty where it does not say."""
-    return str(said_of_data(engine).get("name") or "")
-
-
-def said_of_data(engine: Engine) -> Mapping[str, Any]:
-    """The settings of its training's data that the model has in its metadata."""
-    data: Mapping[str, Any] | None = engine.metadata["source"].get("data")
-    return data or {}
-
-
 def own_fraction(origin: Mapping[str, Any]) -> float:
     """The share of its training's images that was held out; 0 where a checkpoint, or a model of its checkpoint
     (`metadata["source"]`), does not say."""
     return float((origin.get("training") or {}).get("val_fraction") or 0.0)
-
-
-def images_provenance(engine: Engine, name: str, x: NDArray[Any], labels: NDArray[np.int64] | None) -> dict[str, Any]:
-    """What a result must say of the data set `name` besides its numbers, as JSON: `images_sha256`, and `trained_on` if
-    that is the file that the model was trained on."""
-    from tetdeploy.data import is_own_file
-
-    found: dict[str, Any] = {"images_sha256": images_sha256(x, labels)}
-    return found | {"trained_on": True} if is_own_file(name, own_data(engine)) else found
-
-
-def images_sha256(x: NDArray[Any], labels: NDArray[np.int64] | None) -> str:
-    """What tells images or frames, in their order, from others of that name and number: a hash of the labels, if there
-    are any, and of `x [N, ...]`; of image files on disk, which are too many to read for this, of their names."""
-    listing = getattr(x, "listing", None)
-    digest = hashlib.sha256(f"{x.dtype} {x.shape}".encode() if listing is None else b"")
-    if labels is not None:
-        digest.update(labels.astype(np.int64).tobytes())
-    batches = (np.ascontiguousarray(x[part]).data for part in parts(len(x), 1024)) if listing is None else listing()
-    for batch in batches:
-        digest.update(batch)
-    return digest.hexdigest()
