@@ -25,7 +25,7 @@ from tetdeploy.cli import main
 from tetdeploy.engine import Engine
 from tetdeploy.report.document import Table
 from tetdeploy.report.page import document_of
-from tetdeploy.report.results import read_results
+from tetdeploy.report.sources import read_results
 from tetdeploy.report.tables import bench_cells
 from tetdeploy.system.machine import cpu_model
 

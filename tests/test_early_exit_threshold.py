@@ -44,7 +44,7 @@ from tetdeploy.engine import Engine
 from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared, savings_shown
 from tetdeploy.report.early_exit import rule as rule_shown
 from tetdeploy.report.page import document_of
-from tetdeploy.report.results import read_results
+from tetdeploy.report.sources import read_results
 from tetdeploy.storage.files import sha256_of
 from tetdeploy.storage.tensor_file import write_tensors
 

@@ -38,8 +38,9 @@ from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.numbers import count, energy, milliseconds
 from tetdeploy.report.page import document_of
 from tetdeploy.report.reading import read_run
-from tetdeploy.report.results import Results, read_results
+from tetdeploy.report.results import Results
 from tetdeploy.report.sections.pareto import Point, pareto
+from tetdeploy.report.sources import read_results
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.writers import to_html, to_markdown
 from tetdeploy.storage.files import sha256_of

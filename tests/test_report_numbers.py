@@ -33,9 +33,10 @@ from tetdeploy.report.means import mean_of
 from tetdeploy.report.page import document_of
 from tetdeploy.report.reading import Run
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.results import Results, read_results
+from tetdeploy.report.results import Results
 from tetdeploy.report.sections.settings import _TRAINING
 from tetdeploy.report.sections.training import _duration, _kept
+from tetdeploy.report.sources import read_results
 from tetdeploy.report.tables import layers_table
 from tetdeploy.storage.files import sha256_of
 from tetdeploy.train.config import TrainConfig

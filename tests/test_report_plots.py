@@ -14,7 +14,7 @@ from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, witho
 
 from tetdeploy.report.drawing import Style, draw, end_at, mark, short, whole_numbers, wide_enough
 from tetdeploy.report.page import document_of
-from tetdeploy.report.results import read_results
+from tetdeploy.report.sources import read_results
 from tetdeploy.report.writers import to_html
 
 ENERGIES = [1.36, 2.72, 4.08]  # µJ at T = 1, 2, 3

@@ -58,7 +58,7 @@ def report(
     for package in ("matplotlib", "jinja2"):
         import_extra(package, "report")
     from tetdeploy.report.page import document_of
-    from tetdeploy.report.results import read_results
+    from tetdeploy.report.sources import read_results
     from tetdeploy.report.writers import to_html, to_markdown
 
     paths = paths or (newest_run(runs),)
