@@ -58,6 +58,7 @@ from tetdeploy.data.folder import class_files
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.images import channel_statistics, mixed_order, stratified
 from tetdeploy.storage import files
+from tetdeploy.storage.arrays import read_npz
 from tetdeploy.system.signals import handled
 
 NO_DATA = Path("nowhere")
@@ -542,7 +543,7 @@ def test_an_npz_with_one_damaged_byte_is_read_or_said_to_be_damaged(tmp_path: Pa
     def read(content: bytes) -> str:
         path.write_bytes(content)
         try:
-            files.read_npz(path)
+            read_npz(path)
         except ValueError as error:
             return str(error)
         return ""
@@ -842,7 +843,7 @@ def test_a_fingerprint_is_of_paths_below_the_root_sizes_and_times(
     for sources in (paths, listed):
         Cache(Path(root), sources).get("made", lambda: {"a": np.zeros(1)})
         [kept] = cache_folder.iterdir()
-        assert files.read_npz(kept)["fingerprint"] == digest.hexdigest()
+        assert read_npz(kept)["fingerprint"] == digest.hexdigest()
         kept.unlink()
 
 
