@@ -28,7 +28,7 @@ MODULES = [
         f"tetdeploy.{name}"
         for name in (
             *("agreement", "bench", "cli", "data", "energy", "engine", "engine_stream", "inspection", "native"),
-            *("early_exit.savings", "early_exit.threshold", "resumable", "serve", "streams", "sweep"),
+            *("early_exit.savings", "early_exit.threshold", "measured", "resumable", "serve", "streams", "sweep"),
             "storage.model_file",
             *("report.sweep_plot", "report.tables"),
             *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session", "runtimes.sessions"),
@@ -73,6 +73,11 @@ def test_training_and_what_is_asked_before_it_know_nothing_of_reports_and_of_gra
     heavy = "[name for name in sys.modules if 'tetdeploy.report' in name or name in {'onnx', 'onnxscript', 'onnx_ir'}]"
     code = f"import tetdeploy.train, tetdeploy.export.preflight, sys; assert not {heavy}, {heavy}"
     assert {"torch", "onnx"} <= loaded_by(f"{code}\nfrom tetdeploy.export import export_model")
+
+
+def test_commands_begin_without_data() -> None:
+    code = "import tetdeploy.cli, sys; assert 'tetdeploy.data' not in sys.modules"
+    assert loaded_by(code).isdisjoint({*HEAVY, "onnxruntime"})
 
 
 def test_the_rules_of_early_exit_need_no_engine() -> None:
@@ -181,7 +186,7 @@ def test_names_of_the_package_are_found_lazily() -> None:
         ("train", "export|report|cli"),
         ("export", "train|report|cli"),
         ("tetdeploy/report", "cli"),
-        ("tetdeploy/storage", "(?!storage|system|arguments|energy|wording|__version__)\\w+"),
+        ("tetdeploy/storage", r"(?!(storage|system|arguments|energy|wording|__version__)\b)\w+"),
     ],
 )
 def test_imports_go_one_way(folder: str, unknown: str) -> None:

@@ -39,17 +39,21 @@ class Few(WholeNumbers):
         return Whole(self.most)
 
 
-@pytest.fixture(params=["plain", "tiles", "lookups", 16, 32, 64])
+@pytest.fixture(params=["plain", "tiles", "lookups", "either", 16, 32, 64])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
-    """How convolutions are computed: by additions in vector registers of so many bytes; of any inputs and channels."""
+    """How convolutions are computed: by lookups that always may give way to additions, or never; by additions in vector
+    registers of so many bytes; of any inputs and channels."""
     if request.param == "tiles" and not native.has_tiles():
         pytest.skip("this processor, or its system, has no AMX")
-    if request.param == "lookups":
+    if request.param in ("lookups", "either"):
         if not native.has_lookups():
             pytest.skip("this processor, or its system, cannot")
         monkeypatch.setattr(Few, "most", 1)
-        for name in ("LEAST_TAPS", "LEAST_OUTPUTS"):
-            monkeypatch.setattr(f"tetdeploy.native.int8_convolutions.{name}", 0)
+        monkeypatch.setattr("tetdeploy.native.convolution.LEAST_ADDED", 1)
+        least_sparse = 0 if request.param == "either" else 2**31
+        for name, limit in (("TAPS", 0), ("OUTPUTS", 0), ("SPARSE", least_sparse)):
+            monkeypatch.setattr(f"tetdeploy.native.int8_convolutions.LEAST_{name}", limit)
+        return "lookups"
     if isinstance(request.param, str):
         return request.param  # type: ignore[return-value]
     if request.param > native.vector_bytes():
@@ -377,17 +381,7 @@ def test_grains_of_the_most_tiles(way: Way) -> None:
     np.testing.assert_array_equal(session(replaced(model, way)).run(None, {"x": x})[0], expected)
 
 
-def either(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> onnx.ModelProto:
-    """By lookups, or where few neurons fire by additions."""
-    if not native.has_lookups():
-        pytest.skip("this processor, or its system, cannot")
-    monkeypatch.setattr(Few, "most", 1)
-    for limit in ("TAPS", "OUTPUTS", "SPARSE"):
-        monkeypatch.setattr(f"tetdeploy.native.int8_convolutions.LEAST_{limit}", 0)
-    monkeypatch.setattr("tetdeploy.native.convolution.LEAST_ADDED", 1)
-    return replaced(model, "lookups")
-
-
+@pytest.mark.parametrize("way", ["either"], indirect=True)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("shape", "channels", "kernel", "strides", "pads"),
@@ -397,6 +391,7 @@ def either(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> onnx.Mode
         ((3, 16, 16), (128, 256), (3, 3), [2, 2], [1, 1, 1, 1]),
         ((2, 9, 11), (100, 48), (3, 5), [3, 2], [0, 0, 2, 3]),
         ((1, 1, 1), (300, 33), (3, 3), [1, 1], [1, 1, 1, 1]),
+        ((2, 0, 3), (64, 32), (3, 3), [1, 1], [2, 2, 2, 2]),
     ],
     ids=str,
 )
@@ -407,36 +402,46 @@ def test_one_session_looks_up_and_adds(
     strides: list[int],
     pads: list[int],
     threads: int,
-    monkeypatch: pytest.MonkeyPatch,
+    way: Way,
 ) -> None:
     model = convolution(channels, kernel, strides=strides, pads=pads)
-    plain, made = session(model), session(either(model, monkeypatch), threads)
+    plain, made = session(model), session(replaced(model, way), threads)
     rng = np.random.default_rng(2)
     for rate in (0.5, 0.02, 0.0, 1.0, 0.1, 0.3):
         x = (rng.random((*shape, channels[0])) < rate).astype(np.uint8)
         np.testing.assert_array_equal(made.run(None, {"x": x})[0], plain.run(None, {"x": x})[0])
 
 
+@pytest.mark.parametrize("way", ["either"], indirect=True)
 @pytest.mark.parametrize(
-    ("channels", "shape", "rate", "adds"),
+    ("channels", "shape", "rate", "silent", "adds"),
     [
-        ((128, 128), (8, 32, 32), 0.02, True),
-        ((128, 128), (8, 32, 32), 0.25, False),
-        ((128, 128), (8, 32, 32), 0.5, False),
-        ((128, 128), (8, 32, 32), 0.99, True),
-        ((512, 512), (4, 8, 8), 0.15, True),
-        ((512, 512), (4, 8, 8), 0.4, False),
-        ((64, 64), (8, 32, 32), 0.02, False),
+        (127, (8, 32, 32), 0.02, "", True),
+        (127, (8, 32, 32), 0.1, "", True),
+        (127, (8, 32, 32), 0.25, "", False),
+        (127, (8, 32, 32), 0.5, "", False),
+        (127, (8, 32, 32), 0.99, "", True),
+        (127, (8, 32, 32), 0.3, "first image", False),
+        (127, (8, 32, 32), 0.3, "all but the last image", True),
+        (508, (4, 8, 8), 0.15, "", True),
+        (508, (4, 8, 8), 0.4, "", False),
+        (192, (8, 16, 16), 0.5, "first 64 channels", False),
+        (192, (8, 16, 16), 0.3, "all but the last 64 channels", True),
+        (64, (8, 32, 32), 0.02, "", False),
     ],
 )
 def test_where_few_neurons_fire_their_weights_are_added(
-    channels: tuple[int, int], shape: tuple[int, int, int], rate: float, adds: bool, monkeypatch: pytest.MonkeyPatch
+    channels: int, shape: tuple[int, int, int], rate: float, silent: str, adds: bool, way: Way
 ) -> None:
     """Inputs of 2 tell: lookups take them for 1, additions that are to expect them add weights twice."""
-    plain = convolution(channels)
-    model = either(plain, monkeypatch)
-    change_attributes(model.graph.node[0], {"most": 2})
-    x = (np.random.default_rng(3).random((*shape, channels[0])) < rate).astype(np.uint8)
+    plain = convolution((channels, channels))
+    model = replaced(plain, way)
+    change_attributes(model.graph.node[0], {"most": 2})  # of so many channels the lists are as many as with 1
+    x = (np.random.default_rng(3).random((*shape, channels)) < rate).astype(np.uint8)
+    parts = {"first image": x[:1], "all but the last image": x[:-1]}
+    parts |= {"first 64 channels": x[..., :64], "all but the last 64 channels": x[..., :-64]}
+    if silent:
+        parts[silent][:] = 0
     once, twice = (session(plain).run(None, {"x": times * x})[0] for times in (1, 2))
     assert not np.array_equal(once, twice)
     np.testing.assert_array_equal(session(model).run(None, {"x": 2 * x})[0], twice if adds else once)
@@ -444,7 +449,7 @@ def test_where_few_neurons_fire_their_weights_are_added(
 
 @pytest.mark.parametrize(
     ("outputs", "inputs", "vector_bytes", "both"),
-    [(128, 64, 64, True), (64, 128, 32, True), (64, 64, 64, False), (16, 512, 64, False), (128, 64, 16, False)],
+    [(128, 64, 64, True), (64, 128, 32, True), (64, 64, 64, False), (16, 512, 64, False)],
 )
 def test_lookups_give_way_to_additions_where_these_may_be_faster(
     outputs: int, inputs: int, vector_bytes: int, both: bool, monkeypatch: pytest.MonkeyPatch
@@ -455,6 +460,7 @@ def test_lookups_give_way_to_additions_where_these_may_be_faster(
     assert attributes_of(graph.node[0])["vector_bytes"] == (vector_bytes if both else 0)
 
 
+@pytest.mark.parametrize("way", ["either"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -462,10 +468,8 @@ def test_lookups_give_way_to_additions_where_these_may_be_faster(
         ({"vector_bytes": 64, "most": 0}, "the largest input is no byte"),
     ],
 )
-def test_additions_that_lookups_cannot_give_way_to_are_refused(
-    change: dict[str, int], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = either(convolution(), monkeypatch)
+def test_additions_that_lookups_cannot_give_way_to_are_refused(change: dict[str, int], says: str, way: Way) -> None:
+    model = replaced(convolution(), way)
     change_attributes(model.graph.node[0], change)
     with pytest.raises(Exception, match=f"ai.tetdeploy::Int8Additions: {says}"):
         session(model)
@@ -553,8 +557,7 @@ def test_tiles_are_refused_without_amx() -> None:
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_a_network_has_the_same_logits(layout: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     path, found = int8_exported(layout), list[list[str]]()
-    for limit in ("convolution.LEAST_CHANNELS", "convolution.LEAST_ADDED", "int8_convolutions.LEAST_SPARSE"):
-        monkeypatch.setattr(f"tetdeploy.native.{limit}", 1)
+    monkeypatch.setattr("tetdeploy.native.convolution.LEAST_CHANNELS", 1)
 
     def fuse_with(chosen: Way | None) -> Array:
         def fuse(model: bytes, *states: Any) -> bytes | None:

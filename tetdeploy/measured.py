@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.data import is_own_file
-from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.storage.provenance import written
 
 if TYPE_CHECKING:
@@ -45,5 +43,8 @@ def said_of_data(engine: Engine) -> Mapping[str, Any]:
 def images_provenance(engine: Engine, name: str, x: NDArray[Any], labels: NDArray[np.int64] | None) -> dict[str, Any]:
     """What a result must say of the data set `name` besides its numbers, as JSON: `images_sha256`, and `trained_on` if
     that is the file that the model was trained on."""
+    from tetdeploy.data import is_own_file
+    from tetdeploy.data.fingerprint import images_sha256
+
     found: dict[str, Any] = {"images_sha256": images_sha256(x, labels)}
     return found | {"trained_on": True} if is_own_file(name, own_data(engine)) else found

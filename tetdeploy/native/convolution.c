@@ -2,7 +2,8 @@
  *
  * `ai.tetdeploy::Int8Convolution`, with AMX, and `ai.tetdeploy::Int8Lookups` and `ai.tetdeploy::Int8Additions`, without, stand
  * for a `QLinearConv` of bytes that lie channels last, and give its bits: sums of int32, plus the bias, times a scale for
- * each channel in float32, limited, rounded to even, plus the zero point.
+ * each channel in float32, limited, rounded to even, plus the zero point. Lookups give way to additions in calls in which
+ * these take less time.
  *
  * `ai.tetdeploy::SpikeConvolution`, with AMX, and `ai.tetdeploy::SpikeAdditions`, without, stand for a float32 `Conv` of
  * spikes, or sums of some, and give the same bits. A weight is a whole number of 24 bits times a scale of its channel, as
@@ -34,17 +35,18 @@ static OrtStatusPtr place_outputs(Call* call, const int64_t* dims) {
   return bytes > 0x1p60 ? refused(kernel, "the input is too large") : NULL; /* its sizes would wrap */
 }
 
-/* The share of the inputs that are not 0, by that of some 1,000 lines of the cache. */
-static double firing_rate(const Call* call) {
-  const size_t all = call->images * call->size[0] * call->size[1] * call->kernel->in_channels;
-  const size_t stride = (all / LINE / 1000 | 1) * LINE; /* odd, so that it meets all channels */
-  size_t seen = 0, firing = 0;
-  for (size_t first = 0; first < all; first += stride)
-    for (size_t i = first; i < least(first + LINE, all); ++i, ++seen) firing += call->x[i] != 0;
-  return (double)firing / seen;
+/* The share of the inputs that are not 0, by 1,024 lines of the cache, which no period of channels or pixels can hide from. */
+FOR_EACH_CPU static double firing_rate(const Call* call) {
+  const size_t lines = call->images * call->size[0] * call->size[1] * call->kernel->in_channels / LINE, n = least(lines, 1024);
+  int firing = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const size_t at = n < lines ? (uint64_t)(uint32_t)(i * 0x9e3779b9) * lines >> 32 : i; /* multiples of the golden ratio */
+    for (size_t k = 0; k < LINE; ++k) firing += call->x[at * LINE + k] != 0;
+  }
+  return n > 0 ? (double)firing / (n * LINE) : 0;
 }
 
-/* As the way does, and if its `sparse` one takes fewer cycles as that. */
+/* By the kernel's way, or by its sparse one if that takes fewer cycles: then the call is of that kernel. */
 static size_t lay_out(Call* call) {
   const Kernel* kernel = call->kernel;
   const size_t bytes = kernel->way->lay_out(call);

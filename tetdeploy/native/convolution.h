@@ -19,12 +19,12 @@ struct Way {
   enum ONNXTensorElementDataType weight, bias, output;
   OrtStatusPtr (*fill)(Kernel* kernel, const OrtKernelInfo* info, int64_t* shape); /* what is its own; `shape` of weights */
   size_t (*lay_out)(Call* call); /* the same of a call, `rows` and `grains`; gives the bytes of `spread` */
-  double (*cycles)(const Call* call, double firing); /* roughly, if that share of the inputs is not 0 */
   void (*spread_row)(void* call, size_t row);
   void (*multiply)(void* call, size_t grain);
-  const Way* sparse; /* which may take fewer cycles where few neurons fire; or NULL */
-  int (*weight_of)(const Kernel* kernel, size_t output, size_t channel, size_t tap); /* that is given to the sparse one, */
-  void (*put)(Kernel* kernel, size_t output, size_t channel, size_t tap, int weight); /* where all begin as zeros */
+  const Way* sparse; /* to which it gives way where few neurons fire, or NULL. Only these two ways have what follows: */
+  double (*cycles)(const Call* call, double firing); /* estimated, if that share of the inputs is not 0 */
+  int (*weight_of)(const Kernel* kernel, size_t output, size_t channel, size_t tap); /* of the one that gives way */
+  void (*put)(Kernel* kernel, size_t output, size_t channel, size_t tap, int weight); /* of the other; all begin as 0 */
 };
 
 extern const Way INT8_TILES, INT8_ADDITIONS, INT8_LOOKUPS, SPIKE_TILES, SPIKE_ADDITIONS;

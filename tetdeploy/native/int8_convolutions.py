@@ -1,6 +1,6 @@
 """Puts int8 convolutions of this package in place of ONNX Runtime's: in tiles (`tiles.c`) where the processor has AMX,
-and of spikes by lookups (`lookups.c`) where it is AMD's with AVX-512, or by additions (`additions.c`) in calls in which
-few neurons fire there, and in all where it has AVX2, but no instructions that multiply int8 (VNNI)."""
+of spikes by lookups (`lookups.c`) where it is AMD's with AVX-512, and by additions (`additions.c`) where it has AVX2,
+but no instructions that multiply int8 (VNNI). Lookups give way to additions in calls in which few neurons fire."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST = 2**31 // 128  # inputs of 1 that may add up within int32
 LEAST_WEIGHTS = 2048  # of a tap, of which additions are the faster way
 LEAST_TAPS = 2  # of lookups, and outputs that a channel has in a call:
 LEAST_OUTPUTS = 128
-LEAST_SPARSE = 8192  # weights of a tap, of which lookups take longer than additions where few neurons fire
+LEAST_SPARSE = 8192  # weights of a tap, of which lookups may give way to additions
 
 
 def best_way() -> Way | None:
@@ -104,7 +104,7 @@ def _convolution(
         if most > 1 or digits[0, 0].size < LEAST_TAPS or outputs < LEAST_OUTPUTS:
             return None
         op, packed, order = "Int8Lookups", groups_of(digits), "groups"
-        adds = has_additions() and can_add(most, weights) and math.prod(weights.dims[:2]) >= LEAST_SPARSE
+        adds = can_add(most, weights) and math.prod(weights.dims[:2]) >= LEAST_SPARSE
         own |= {"together": runs_together(digits), "most": 1, "vector_bytes": native.vector_bytes() if adds else 0}
     else:
         op, packed, order = "Int8Convolution", tiles_of(digits[None]), "tiles"

@@ -6,7 +6,7 @@
  *             and a group five input channels, of which the first comes last; of 64 the last group has four; filled with zeros
  *   together  so many runs add up within int16; a run is as many groups and taps as is said below
  *   zero_point   of the uint8 output
- *   vector_bytes   of additions, which calls use in which few neurons fire; 0 if they never do. `most` is 1
+ *   most, vector_bytes   of the additions to which calls give way in which few neurons fire: 1, and 0 if none does
  *
  * A call first writes, in planes, which channels of a group fire, five bits for each position. A grain makes the tables of a
  * run of groups and taps, for eight channels, and looks up its sums at the positions of one tile after the other.
@@ -274,9 +274,9 @@ const Way INT8_LOOKUPS = {.name = "Int8Lookups",
                           .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
 #if X86
                           .lay_out = lay_out,
-                          .cycles = cycles,
                           .spread_row = spread_row,
                           .multiply = multiply,
+                          .cycles = cycles,
 #endif
                           .fill = fill,
                           .sparse = &INT8_ADDITIONS,

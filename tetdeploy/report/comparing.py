@@ -59,6 +59,7 @@ def _refuse_different(what: str, data: Mapping[str, str]) -> None:
 
 
 def measured_on(measurements: Iterable[Measurement]) -> dict[str, str]:
+    """The data of each, by its name."""
     return _data_names((m.name, m.content["data"], m.content.get("images_sha256")) for m in measurements)
 
 
