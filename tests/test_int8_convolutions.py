@@ -382,30 +382,22 @@ def test_grains_of_the_most_tiles(way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", ["either"], indirect=True)
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
-    ("shape", "channels", "kernel", "strides", "pads"),
+    ("shape", "channels", "attributes"),
     [
-        ((4, 32, 32), (128, 128), (3, 3), [1, 1], [1, 1, 1, 1]),
-        ((2, 8, 8), (512, 512), (3, 3), [1, 1], [1, 1, 1, 1]),
-        ((3, 16, 16), (128, 256), (3, 3), [2, 2], [1, 1, 1, 1]),
-        ((2, 9, 11), (100, 48), (3, 5), [3, 2], [0, 0, 2, 3]),
-        ((1, 1, 1), (300, 33), (3, 3), [1, 1], [1, 1, 1, 1]),
-        ((2, 0, 3), (64, 32), (3, 3), [1, 1], [2, 2, 2, 2]),
+        ((4, 32, 32), (128, 128), {}),
+        ((2, 8, 8), (512, 512), {}),
+        ((3, 16, 16), (128, 256), {"strides": [2, 2]}),
+        ((1, 1, 1), (300, 33), {}),
+        ((2, 0, 3), (64, 32), {"pads": [2, 2, 2, 2]}),
     ],
     ids=str,
 )
 def test_one_session_looks_up_and_adds(
-    shape: tuple[int, int, int],
-    channels: tuple[int, int],
-    kernel: tuple[int, int],
-    strides: list[int],
-    pads: list[int],
-    threads: int,
-    way: Way,
+    shape: tuple[int, int, int], channels: tuple[int, int], attributes: dict[str, list[int]], way: Way
 ) -> None:
-    model = convolution(channels, kernel, strides=strides, pads=pads)
-    plain, made = session(model), session(replaced(model, way), threads)
+    model = convolution(channels, **attributes)
+    plain, made = session(model), session(replaced(model, way))
     rng = np.random.default_rng(2)
     for rate in (0.5, 0.02, 0.0, 1.0, 0.1, 0.3):
         x = (rng.random((*shape, channels[0])) < rate).astype(np.uint8)
