@@ -575,6 +575,7 @@ def test_n_mnist_is_found_in_tonics_layout(tmp_path: Path, monkeypatch: pytest.M
             for i in range(count):
                 events = random_recording(digit, num, (34, 34))
                 write_bin(tmp_path / "NMNIST" / part / str(digit) / f"{i:05}.bin", events)
+            (tmp_path / "NMNIST" / part / str(digit) / "._00000.bin").write_bytes(b"macOS")
     train = load_data("n-mnist", "train", data_dir=tmp_path, T=3)
     test = load_data("n-mnist", "test", data_dir=tmp_path, T=3)
     assert train.x.shape == (20, 3, 2, 34, 34) and test.x.shape == (10, 3, 2, 34, 34)
@@ -632,6 +633,7 @@ def test_dvs_cifar10_is_found_in_tonics_layout_and_split_by_number(
         (tmp_path / "CIFAR10DVS" / name).mkdir(parents=True)
         for i in range(1, 11):
             shutil.copy(FIXTURES / "dvs128.aedat4", tmp_path / "CIFAR10DVS" / name / f"cifar10_{name}_{i}.aedat4")
+        (tmp_path / "CIFAR10DVS" / name / f"._cifar10_{name}_10.aedat4").write_bytes(b"macOS")
     test = load_data("dvs-cifar10", "test", data_dir=tmp_path)
     assert test.x.shape == (10, 10, 2, 48, 48)
     assert sorted(test.labels.tolist()) == list(range(10))

@@ -830,6 +830,7 @@ class TestRefusals:
             ("{}", 'it has no "kind"'),
             ('{"kind": "poem"}', "its kind is 'poem'; give JSON of early-exit, sweep, validate or bench"),
             ('{"kind": "sweep"}', "does not have the form of a sweep: model is missing"),
+            ('{"kind": "early-exit"}', "does not have the form of an early-exit: model is missing"),
             ('{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": []}', "it needs rows"),
             (
                 '{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": [1]}',

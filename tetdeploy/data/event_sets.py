@@ -102,10 +102,10 @@ def load_n_mnist(split: Split, data_dir: Path, binning: Binning) -> FrameSet:
     found: dict[Split, list[Path]] = {}
     parts: dict[Split, Path] = {"train": folder / "Train", "test": folder / "Test"}
     for part, place in parts.items():
-        if not any(place.glob("*/*.bin")):
+        if not any(place.glob("*/[!.]*.bin")):
             make = partial(tonic.datasets.NMNIST, train=part == "train")
             download("n-mnist", make, "NMNIST", data_dir, looked_for=[f"{place}/<digit>/*.bin"])
-        found[part] = sorted(place.glob("[0-9]/*.bin"))
+        found[part] = sorted(place.glob("[0-9]/[!.]*.bin"))
     width, height, _ = tonic.datasets.NMNIST.sensor_size
     return _frame_set("n-mnist", split, folder, found, _DIGITS, (height, width), binning)
 
@@ -123,12 +123,12 @@ def load_dvs_cifar10(split: Split, data_dir: Path, binning: Binning) -> FrameSet
     """
     tonic = import_extra("tonic", "events")
     folder = data_dir / "CIFAR10DVS"
-    if not any(folder.glob("*/*.aedat4")):
+    if not any(folder.glob("*/[!.]*.aedat4")):
         looked_for = [f"{folder}/<class>/*.aedat4"]
         download("dvs-cifar10", tonic.datasets.CIFAR10DVS, "CIFAR10DVS", data_dir, looked_for=looked_for)
     found: dict[Split, list[Path]] = {"train": [], "test": []}
     for name in CIFAR10.class_names:
-        paths = sorted((folder / name).glob("*.aedat4"), key=lambda path: (_number(path), path.name))
+        paths = sorted((folder / name).glob("[!.]*.aedat4"), key=lambda path: (_number(path), path.name))
         num_train = len(paths) * 9 // 10
         found["train"] += paths[:num_train]
         found["test"] += paths[num_train:]

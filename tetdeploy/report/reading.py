@@ -138,7 +138,9 @@ def read_result(file: Path) -> dict[str, Any]:
         check_form(content, RESULT)
         return _normalised(content) | {"kind": kind}
     except ValueError as error:
-        raise ValueError(f"{file} does not have the form of a {kind}: {error}; run tetdeploy {kind} again") from error
+        article = "an" if kind == "early-exit" else "a"
+        fault = f"does not have the form of {article} {kind}: {error}"
+        raise ValueError(f"{file} {fault}; run tetdeploy {kind} again") from error
 
 
 def readable(read: Callable[[Path], dict[str, Any]], file: Path, notes: list[str]) -> dict[str, Any] | None:
