@@ -278,6 +278,7 @@ def test_a_smooth_network_trains_and_does_not_export(tmp_path: Path) -> None:
         ('json = "x"', "r.toml: json belongs to one machine or one call"),
         ("[train]\nT = 3", "r.toml: unknown key 'train'"),
         ('T = "4"', "r.toml: T is '4'; it must be a whole number (Time steps"),
+        (f'T = "{"4" * 5000}"', f"r.toml: T is '{'4' * 12}...{'4' * 13}'; it must be a whole number"),
         ("T = 4.0", "r.toml: T is 4.0; it must be a whole number"),
         ("T = true", "r.toml: T is True; it must be a whole number"),
         ('lr = "fast"', "r.toml: lr is 'fast'; it must be a number"),

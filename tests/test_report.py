@@ -818,6 +818,8 @@ class TestRefusals:
         self.refused(
             run, match=r"nothing to report on in .*a: the epochs' figures \(metrics.jsonl\) are gone and nothing"
         )
+        unfinished = run_folder(tmp_path / "b", metrics=[])
+        self.refused(run, unfinished, match="metrics.jsonl. are gone, .*b: no epoch is finished and nothing was")
 
     @pytest.mark.parametrize(
         ("text", "match"),

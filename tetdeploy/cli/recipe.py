@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def _check_type(path: Path, key: str, value: Any, option: click.Option) -> None:
             joined = ",".join(map(str, value))
             wanted += f', such as "{joined}"'
     if not fits:
-        raise ValueError(f"{path}: {key} is {value!r}; it must be {wanted} ({option.help})")
+        raise ValueError(f"{path}: {key} is {reprlib.repr(value)}; it must be {wanted} ({option.help})")
 
 
 def _use_recipe(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:

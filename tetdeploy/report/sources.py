@@ -44,11 +44,9 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
     sources = tuple(_source(name, g, notes) for name, g in zip(_labels(groups, names), groups, strict=True))
     empty = [group[0] for group, source in zip(groups, sources, strict=True) if not _holds_anything(source)]
     if empty:
-        lost = all((path / CHECKPOINT_NAME).exists() and not (path / METRICS_NAME).exists() for path in empty)
-        why = f"the epochs' figures ({METRICS_NAME}) are gone" if lost else "no epoch is finished"
         raise ValueError(
-            f"nothing to report on in {', '.join(map(str, empty))}: {why} and nothing was measured; "
-            f"train further (--resume), or export and run tetdeploy sweep{''.join(f'. {note}' for note in notes)}"
+            f"nothing to report on in {', '.join(f'{path}: {_why_empty(path)}' for path in empty)} and nothing was "
+            f"measured; train further (--resume), or export and run tetdeploy sweep{''.join(f'. {n}' for n in notes)}"
         )
     check_comparable(sources)
     folders = {label: run.folder for source in sources for label, run in source.runs.items()}
@@ -157,6 +155,11 @@ def _measurement(name: str, contents: Mapping[Path, dict[str, Any]], run: Run | 
 
 def _holds_anything(source: Source) -> bool:
     return bool(source.measurements) or any(run.metrics for run in source.runs.values())
+
+
+def _why_empty(path: Path) -> str:
+    lost = (path / CHECKPOINT_NAME).exists() and not (path / METRICS_NAME).exists()
+    return f"the epochs' figures ({METRICS_NAME}) are gone" if lost else "no epoch is finished"
 
 
 def _grouped(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
