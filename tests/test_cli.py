@@ -754,7 +754,7 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("command", "work"),
         [
-            ("train --epochs 1 --out runs/second --init", "tetdeploy.train.loop.prepare"),
+            ("train --epochs 1 --out runs/second --init", "tetdeploy.train.training.prepare"),
             ("export", "tetdeploy.export.export_model"),
             pytest.param("export --format nir", "tetdeploy.export.nir_format.export_nir", marks=needs("nir")),
             ("evaluate", "tetdeploy.train.validation.classes_by_step"),
@@ -1459,7 +1459,7 @@ def test_what_foreign_files_say_does_not_steer_the_terminal(workplace: Path) -> 
 @pytest.mark.parametrize(
     ("command", "work"),
     [
-        (("train", "--epochs", "1", "--out", "new"), "train.loop.prepare"),
+        (("train", "--epochs", "1", "--out", "new"), "train.training.prepare"),
         (("export", RUN, "-o", "m.onnx"), "export.causality.run_network"),
     ],
 )

@@ -30,7 +30,7 @@ from tetdeploy.storage.metrics import read_metrics
 from tetdeploy.storage.run_folder import newest_shards, weights_file
 from tetdeploy.storage.shards import INDEX_NAME, read_shards, read_shards_content, write_shards
 from tetdeploy.storage.tensor_file import read_content, write_tensors
-from tetdeploy.train import How, TrainConfig, TrainResult, loop, train
+from tetdeploy.train import How, TrainConfig, TrainResult, loop, train, training
 from tetdeploy.train.restart import check_restart, find_restart, has_shards
 from tetdeploy.train.runs import run_settings
 
@@ -230,9 +230,9 @@ def test_what_a_killed_write_left_is_swept(tmp_path: Path) -> None:
 
 
 def killed(out: Path, before: str, **options: Any) -> None:
-    """A beginning that ends before this function of the loop."""
+    """A beginning that ends before this function that it calls."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, before, Mock(side_effect=SystemExit))
+        patch.setattr(training, before, Mock(side_effect=SystemExit))
         with pytest.raises(SystemExit):
             run(out, **options)
 
@@ -240,14 +240,14 @@ def killed(out: Path, before: str, **options: Any) -> None:
 def test_shards_of_a_killed_beginning_are_not_those_of_the_next_run_there(tmp_path: Path) -> None:
     killed(tmp_path / "r", "write_run_config", config=settings(lr=0.01))
     assert find_restart(tmp_path / "r" / "shards").settings["training"]["lr"] == 0.01
-    killed(tmp_path / "r", "_run", config=settings(lr=0.02))
+    killed(tmp_path / "r", "run_epochs", config=settings(lr=0.02))
     assert find_restart(tmp_path / "r").settings["training"]["lr"] == 0.02
 
 
 def test_metrics_of_a_killed_restart_are_not_those_of_the_next_one_there(tmp_path: Path) -> None:
     for name in ("a", "b"):
         interrupted(tmp_path / name, 2 * STEPS + 1)
-    killed(tmp_path / "c", "_save", restart_from=tmp_path / "a")
+    killed(tmp_path / "c", "save", restart_from=tmp_path / "a")
     assert [record["epoch"] for record in read_metrics(tmp_path / "c")] == [1, 2]
     shutil.copytree(tmp_path / "b" / "shards", tmp_path / "carried")
     for file in (tmp_path / "carried").rglob("metrics.jsonl"):
@@ -638,7 +638,7 @@ def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path
 def given(monkeypatch: pytest.MonkeyPatch) -> list[How]:
     """How each run of the test is computed; graphs are allowed on a CPU."""
     given: list[How] = []
-    whole = loop.train
+    whole = training.train
 
     def watched(*arguments: Any, how: How, **options: Any) -> TrainResult:
         given.append(how)
@@ -659,7 +659,7 @@ def test_a_resumed_run_goes_on_with_its_shards_and_graphs(
 ) -> None:
     """What is typed comes first, and is remembered; neither is a setting that must be the same."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "_run", lambda *_: True)  # never finished: of a run that is, nothing is written
+    monkeypatch.setattr(training, "run_epochs", lambda *_: True)  # never finished: of a run that is, nothing is written
     command(*SMALL, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
     for options in (
         *((), ("--shards-mb", 2, "--no-cuda-graphs"), (), ("--shards-mb", 0), ()),
@@ -691,7 +691,7 @@ def test_a_restarted_run_goes_on_with_the_shards_and_graphs_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[How]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "check_restart", lambda *_: None)  # the run is finished: nothing would be left to train
+    monkeypatch.setattr(training, "check_restart", lambda *_: None)  # of a finished run nothing is left to train
     command(*SMALL, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
     command("--restart-from", "r/shards", "--out", "of-shards")
     command("--restart-from", "r/checkpoint.safetensors", "--out", "of-checkpoint")

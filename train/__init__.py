@@ -5,16 +5,17 @@
   `autoaugment`.
 - A step: `losses`; `objective`, what is minimised; `optimizer`; `cuda_graphs`, `recompute` and `qat`, other ways to
   compute it.
-- A run: `loop`, over what stays the same (`session`) and what changes (`state`); `runs`, its folder; `restart`, going
-  on from weights alone; `validation`; `averaging`; `progress` and `board`, what is shown.
+- A run: `training` begins it or goes on with it; `loop`, its epochs and steps, over what stays the same (`session`)
+  and what changes (`state`); `runs`, its folder; `restart`, going on from weights alone; `validation`; `averaging`;
+  `progress` and `board`, what is shown.
 - Several: `ranks`, processes of one run; `synchronised`, their BN; `seeds`, runs of one recipe.
 - Beside training: `device`, where and in what precision; `landscape`, losses round trained weights.
 """
 
 from .config import How, TrainConfig
-from .loop import TrainResult, train
 from .losses import distillation_loss, mse_loss, sdt_loss, tet_loss, total_loss
 from .seeds import SeedsResult, train_seeds
+from .training import TrainResult, train
 from .validation import evaluate
 
 __all__ = [

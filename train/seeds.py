@@ -23,7 +23,6 @@ from tetdeploy.storage.run_folder import SUMMARY_NAME, without_latest
 from tetdeploy.system.standard_output import StandardOutput
 
 from .config import How, TrainConfig
-from .loop import TrainResult, train
 from .ranks import current_ranks
 from .runs import (
     check_latest,
@@ -38,6 +37,7 @@ from .runs import (
     write_run_config,
 )
 from .session import check_sets
+from .training import TrainResult, train
 
 
 @dataclass(frozen=True)
