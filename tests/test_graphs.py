@@ -133,6 +133,55 @@ def test_a_run_with_graphs_is_the_run_without(
         assert torch.equal(value, replayed.state_dict()[name]), name
 
 
+class Compared(StepGraphs):
+    """Steps by graphs, each computed plainly as well, from the same weights: how far apart their gradients are."""
+
+    def __init__(self, graphs: StepGraphs) -> None:
+        super().__init__(graphs._network)
+        self._replay, self.apart = graphs, list[float]()
+
+    def __call__(self, key: Any, compute: Compute, x: Tensor, labels: Tensor) -> Tensor:
+        parameters, buffers = [*self._network.parameters()], [*self._network.buffers()]
+        before, kept = [b.clone() for b in buffers], [p.grad for p in parameters]
+        self._network.zero_grad(set_to_none=True)
+        compute(x, labels)
+        plain = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        for p, gradient in zip(parameters, kept, strict=True):
+            p.grad = gradient
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        numbers = self._replay(key, compute, x, labels)
+        replayed = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        self.apart.append(((replayed - plain).norm() / plain.norm()).item())
+        return numbers
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p in ("fp32", "bf16")])
+@pytest.mark.parametrize("changes", [{}, {"tit": "1:1,2:2"}, {"random_T": "1:3", "ema": 0.0}])
+def test_every_step_with_graphs_is_the_step_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str, changes: dict[str, Any]
+) -> None:
+    """Gradients of other images, labels or weights are 0.9 to 1.7 apart. So are those after a spike that flips, which
+    kernels that add in another order do now and then: in a quarter of the steps at most. Other roundings are 2e-6 apart
+    in float32 and 1e-2 in bfloat16."""
+    made: list[Compared] = []
+
+    def make(network: nn.Module) -> Compared:
+        made.append(Compared(StepGraphs(network) if device == "cuda" else StandIn(network)))
+        return made[0]
+
+    monkeypatch.setattr("tetdeploy.train.session.StepGraphs", make)
+    if device == "cpu":
+        monkeypatch.setattr("tetdeploy.train.session.check_graphs", lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    config = settings(device=device, precision=precision, **changes)
+    train(classifier(), TRAIN, VAL, config, tmp_path, progress=False, how=How(cuda_graphs=True))
+    apart = sorted(made[0].apart)
+    assert len(apart) == 15
+    assert apart[11] < 0.1, apart
+
+
 def test_nothing_of_a_steps_autograd_graph_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The node that adds to a parameter's gradient keeps the stream that it was made on: one that lived on from the
     warm-up would break the recording."""
@@ -353,21 +402,6 @@ def test_a_wait_would_be_noticed() -> None:
             x.sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@gpu
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p in ("fp32", "bf16")])
-@pytest.mark.parametrize("changes", [{}, {"tit": "1:1,2:2"}, {"random_T": "1:3", "ema": 0.0}])
-def test_losses_with_graphs_are_those_without(tmp_path: Path, precision: str, changes: dict[str, Any]) -> None:
-    """Kernels add up in an order of their own from run to run, a spike flips now and then: the first epoch agrees. (In
-    bfloat16 weights that differ by 1e-6 gave losses up to 4 % apart.)"""
-    config = settings(device="cuda", precision=precision, **changes)
-    for name in ("plain", "graphs"):
-        train(classifier(), TRAIN, VAL, config, tmp_path / name, progress=False, how=How(cuda_graphs=name == "graphs"))
-    plain, graphs = metrics(tmp_path / "plain"), metrics(tmp_path / "graphs")
-    assert graphs[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.02 if precision == "fp32" else 0.1)
-    assert graphs[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=0.1)
-    assert [record["T"] for record in graphs] == [record["T"] for record in plain]
 
 
 @gpu
