@@ -146,7 +146,8 @@ def test_memory_is_kept_for_the_side_that_says_so(
 
 
 class Answering:
-    """In place of a side's process: a millisecond an image, a failure from the second round on, or no profiler."""
+    """In place of a side's process: a millisecond an image, a failure from the second or third time on, or no
+    profiler."""
 
     limits: ClassVar[list[float | None]] = []
 
@@ -156,7 +157,8 @@ class Answering:
 
     def ask(self, request: Any) -> Any:
         self.asked += 1
-        if (self.side == "SJ torch fp32" and self.asked > 1) or (self.side == "loop" and request == "profile"):
+        fails_at = {"SJ torch fp32": 2, "SJ triton fp32": 3}.get(self.side, 100)
+        if self.asked >= fails_at or (self.side == "loop" and request == "profile"):
             self.failed = "why"
         if self.failed:
             return None
@@ -181,13 +183,50 @@ def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytes
     training.measure(sides, None, 2, None, lambda found: kept.append(copy.deepcopy(found)), 5.0)
     assert Answering.limits == [5.0] * 4  # of the floor, too
     medians, profile = {"median_ms": 4.0, "peak_mb": 7.0, "first_gradient": 2.0}, {"profile_ms": {"BN": 1.0}}
-    assert kept[0] == {"sides": {"tetdeploy": medians, "loop": medians, "SJ torch fp32": {"failed": "why"}}}
-    assert kept[-1]["sides"]["loop"] == medians | {"not_profiled": "why"}
-    assert kept[-1]["sides"]["tetdeploy"] == medians | profile and kept[-1]["floor"] == {"floor_ms": 2.0}
+    assert kept[0] == {"sides": {"tetdeploy": medians | {"turns": 0}}}
+    of_one = medians | {"turns": 1}
+    assert kept[5] == {"sides": {"tetdeploy": of_one, "loop": of_one, "SJ torch fp32": {"failed": "why"}}}
+    assert kept[-1]["sides"]["loop"] == medians | {"turns": 2, "not_profiled": "why"}
+    assert kept[-1]["sides"]["tetdeploy"] == medians | {"turns": 2} | profile
+    assert kept[9]["floor"] == kept[-1]["floor"] == {"floor_ms": 2.0}  # before a profiler may fail
     kept.clear()
-    inference.measure(["eager fp32", "SJ torch fp32"], [1, 4], 1, kept.append)
-    assert kept[1] == {"eager fp32": {"median_ms": {1: 1.0}, "agrees": 1.0}, "SJ torch fp32": {"failed": "why"}}
+    inference.measure(["eager fp32", "SJ torch fp32", "SJ triton fp32"], [1, 4], 1, kept.append)
+    of_one = {"median_ms": {1: 1.0}}
+    eager, failed = {"eager fp32": of_one | {"agrees": 1.0}}, {"SJ torch fp32": {"failed": "why"}}
+    assert kept[1] == eager | failed | {"SJ triton fp32": of_one | {"agrees": 1.0}}
     assert kept[-1]["eager fp32"]["median_ms"] == {1: 1.0, 4: 4.0}
+    assert kept[-1]["SJ triton fp32"] == of_one | {"failed": "why"}
+
+
+def test_a_side_without_the_larger_batch_is_shown_with_the_smaller(
+    module: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = {"eager fp32": {"median_ms": {1: 2.0, 4: 3.0}}, "CUDA": {"failed": "no memory", "median_ms": {1: 7.0}}}
+    results = {"model": "m", "width": 1, "T": 2, "card": "a card", "sides": sides | {"TensorRT": {"failed": "why"}}}
+    module("gpu_inference").show(results, (1, 4))
+    shown = capsys.readouterr().out
+    assert "7.00" in shown and "CUDA left out at batch 4: no memory" in shown and "TensorRT left out: why" in shown
+
+
+def test_a_side_that_fails_twice_alike_is_not_opened_again(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    neurons, opened = module("neurons"), []
+
+    class Failing:
+        failed = "no kernels"
+
+        def __init__(self, *given: Any) -> None:
+            opened.append(given[1])
+
+        def ask(self, request: Any) -> Any:
+            return {"seconds": [1.0], "kept_bytes": 1} if self is ours else None
+
+    ours = Failing(None, "ours")
+    workers = {"ours": ours, "SpikingJelly cuda": Failing(None, "SpikingJelly cuda")}
+    monkeypatch.setattr(neurons, "Worker", Failing)
+    failed: dict[str, str] = {}
+    for case in list(neurons.cases("cpu")) * 2:
+        assert neurons.measure(case, "cpu", 1, workers, failed, 1).keys() == {"ours"}
+    assert opened == ["ours", "SpikingJelly cuda", "SpikingJelly cuda"] and list(workers) == ["ours"]
 
 
 def test_pytorch_computes_fp32_without_tf32_and_the_table_says_so(

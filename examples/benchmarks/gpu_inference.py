@@ -164,7 +164,7 @@ def export_all(sides: list[str], folder: Path, T: int, device: str) -> None:
 def measure(
     sides: list[str], sizes: tuple[int, ...], turns: int, keep: Callable[[dict[str, Any]], None], *arguments: Any
 ) -> None:
-    """By side {"median_ms": {batch: ms}, "agrees"}, or {"failed": why}. Sides are opened one after the other.
+    """By side {"median_ms": {batch: ms}, "agrees"}, or "failed", why. Sides are opened one after the other.
 
     `keep` gets what is known so far after each round: a call that is cut leaves that.
     """
@@ -185,10 +185,13 @@ def measure(
 
 
 def found(worker: Worker, taken: dict[int, list[float]], classes: dict[str, Any], side: str) -> dict[str, Any]:
-    if worker.failed:
-        return {"failed": worker.failed}
-    same = {"agrees": float((classes[side] == classes[BASE]).mean())} if BASE in classes else {}
-    return {"median_ms": {size: statistics.median(ms) for size, ms in taken.items()}} | same
+    """A side's result; of one that failed at a batch size, what was measured at smaller ones."""
+    known: dict[str, Any] = {"failed": worker.failed} if worker.failed else {}
+    if taken:
+        known["median_ms"] = {size: statistics.median(ms) for size, ms in taken.items()}
+        if BASE in classes and len(classes[side]) == len(classes[BASE]):  # both at the same batch size
+            known["agrees"] = float((classes[side] == classes[BASE]).mean())
+    return known
 
 
 def show(results: dict[str, Any], sizes: tuple[int, ...]) -> None:
@@ -201,16 +204,16 @@ def show(results: dict[str, Any], sizes: tuple[int, ...]) -> None:
     for header in ("", *(f"batch {size}" for size in sizes), "images/s", "agrees"):
         table.add_column(header, justify="right" if header else "left")
     for side, found in results["sides"].items():
-        if "failed" in found:
+        if not (median := found.get("median_ms")):
             continue
-        median = found["median_ms"]
         agrees = f"{found['agrees']:.1%}" if "agrees" in found else ""
-        speed = f"{1e3 * sizes[-1] / median[sizes[-1]]:,.0f}"
-        table.add_row(side, *(f"{median[size]:.2f}" for size in sizes), speed, agrees)
+        speed = f"{1e3 * sizes[-1] / median[sizes[-1]]:,.0f}" if sizes[-1] in median else ""
+        table.add_row(side, *(f"{median[size]:.2f}" if size in median else "" for size in sizes), speed, agrees)
     console.print(table)
     for side, found in results["sides"].items():
         if "failed" in found:
-            console.print(f"{side} left out: {found['failed']}", markup=False)
+            where = f" at batch {min(set(sizes) - set(median))}" if (median := found.get("median_ms")) else ""
+            console.print(f"{side} left out{where}: {found['failed']}", markup=False)
     if results["card"] == "cpu":
         console.print("a smoke run: on a CPU these numbers say nothing about a card")
 

@@ -97,7 +97,7 @@ def measure(
     config = NetworkConfig(model, num_classes=10, in_channels=3, image_size=(image_size, image_size), width=width)
     network = build_network(config)
     network = (loop_twin(network) if neurons == "loop" else network).train()
-    place(network, on, channels_last=on.type == "cuda" and neurons == "ours")  # as training has it there
+    place(network, on, channels_last=on.type == "cuda")  # as training has it there, or cuDNN would copy
     if recompute:
         recompute_blocks(network)
     x = torch.randn(batch_size, 3, image_size, image_size, device=on)

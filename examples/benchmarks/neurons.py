@@ -146,21 +146,27 @@ def open_side(side: str, device: str, threads: int) -> Answer:
 
 
 def measure(
-    case: Case, sides: tuple[str, ...], device: str, threads: int, workers: dict[str, Worker], repeats: int
+    case: Case, device: str, threads: int, workers: dict[str, Worker], failed: dict[str, str], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Of each side that runs {"seconds", "kept_bytes"}; the first turn warms up."""
+    """Of each side that runs {"seconds", "kept_bytes"}; the first turn warms up.
+
+    A side that fails as it did last, by `failed`, leaves `workers`: to open it for every case takes seconds each.
+    """
     found: dict[str, dict[str, Any]] = {}
-    able = list(sides)
+    able = list(workers)
     for turn in range(TURNS + 1):
         for side in tuple(able):
             answer = workers[side].ask((case, -(-repeats // TURNS)))
             if answer is None:
+                reason = workers.pop(side).failed
                 if side in ("loop", "ours"):
-                    raise click.ClickException(f"{side} does not run on {case}: {workers[side].failed}")
-                print(f"{side} does not run on {case}: {workers[side].failed}")
+                    raise click.ClickException(f"{side} does not run on {case}: {reason}")
+                print(f"{side} does not run on {case}: {reason}")
                 able.remove(side)
                 found.pop(side, None)
-                workers[side] = Worker(open_side, side, device, threads)  # for the next case
+                if failed.get(side) != reason:
+                    workers[side] = Worker(open_side, side, device, threads)  # for the next case
+                failed[side] = reason
             elif turn:
                 found.setdefault(side, {"seconds": []})["seconds"] += answer["seconds"]
                 found[side]["kept_bytes"] = answer["kept_bytes"]
@@ -183,8 +189,9 @@ def main(device: str, threads: int, repeats: int, json_path: Path | None) -> Non
         table.add_column(column, justify="left" if column == "layer" else "right")
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {"device": where, "threads": threads, "repeats": repeats, "rows": rows}
+    failed: dict[str, str] = {}
     for case in cases(device):
-        found = measure(case, sides, device, threads, workers, repeats)
+        found = measure(case, device, threads, workers, failed, repeats)
         took = {side: values["seconds"] for side, values in found.items()}
         kept = {side: found[side]["kept_bytes"] for side in ("loop", "ours")}
         ratio = took["loop"] / took["ours"]

@@ -10,10 +10,11 @@ with TET's loss and SGD, each in a process of its own on the same device: Spikin
 (`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails says why and takes nothing with it. The sides take turns; times
 are medians, on a card of CUDA events round a step. `gradient` is the norm of the first step's gradients, from the same
 weights: in fp32 a side with another one than ours is left out of the ratios (not the ANN, which is another network). In
-16 bits the peers round membranes that we keep in float32, and spikes flip: there a ratio only says by how much the norm
-differs, and `--precision fp32` shows that the networks are the same. Memory is what PyTorch had allocated at most once
-cuDNN had tried its algorithms; of graphs, whose memory stays theirs between replays, what it had reserved, which is
-more; on a CPU what the process had at most. Ratios take the fastest of a kind, for memory the loop that needs least.
+16 bits the loop rounds membranes that we keep in float32, as SpikingJelly's Triton kernels do, which fire at the
+threshold, too; spikes flip. There a ratio only says by how much the norm differs, and `--precision fp32` shows that the
+networks are the same. Memory is what PyTorch had allocated at most once cuDNN had tried its algorithms; of graphs,
+whose memory stays theirs between replays, what it had reserved, which is more; on a CPU what the process had at most.
+Ratios take the fastest of a kind, for memory the loop that needs least.
 
     \b
     loop             LIF as a loop of PyTorch operations over T, contiguous (peers.py)
@@ -259,7 +260,8 @@ def measure(
 ) -> None:
     """ "sides", each with "median_ms", "peak_mb" and "profile_ms" (or "not_profiled"), or with "failed"; and "floor".
 
-    `keep` gets what is known so far after each round and each side: a call that is cut leaves that.
+    `keep` gets what is known so far after each answer: a call that is cut leaves that, of a side without a turn yet the
+    one that warmed it up.
     """
     workers = {side: Worker(open_side, side, case, threads, limit_s=limit_s) for side in sides}
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -267,30 +269,25 @@ def measure(
     for number in range(turns + 1):
         for side, worker in workers.items():
             answer = worker.ask("turn")
-            if number > 0 and answer is not None:  # the first turn warms up
+            if number <= 1:  # the first turn warms up
+                taken[side].clear()
+            if answer is not None:
                 taken[side].append(answer)
-        found = {
-            side: {"failed": worker.failed} if worker.failed else medians(taken[side])
-            for side, worker in workers.items()
-        }
-        if number > 0:
+            found[side] = {"failed": worker.failed} if worker.failed else medians(taken[side]) | {"turns": number}
             keep({"sides": found})
+    floor_worker = Worker(open_side, "tetdeploy", case, threads, limit_s=limit_s)
+    of_floor = {"floor": floor_worker.ask(FLOOR) or {"failed": floor_worker.failed}}
+    floor_worker.end()
     for side, worker in workers.items():
         profiled = worker.ask("profile")
         if "failed" not in found[side]:  # a profiler that may not run there takes no times with it
             found[side] |= {"not_profiled": worker.failed} if worker.failed else {"profile_ms": profiled}
         worker.end()
-        keep({"sides": found})
-    last = Worker(open_side, "tetdeploy", case, threads, limit_s=limit_s)
-    answer = last.ask(FLOOR) or {"failed": last.failed}
-    last.end()
-    keep({"sides": found, "floor": answer})
+        keep({"sides": found} | of_floor)
 
 
 def medians(answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Of a side's turns; nothing before the first."""
-    if not answers:
-        return {}
+    """Of a side's turns."""
     steps = [ms for answer in answers for ms in answer["ms"]]
     return {
         "median_ms": statistics.median(steps),
