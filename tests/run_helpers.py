@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
-from tetdeploy.cli import main
 from tetdeploy.data import ImageSet
 
 
@@ -25,13 +23,6 @@ def toy_images(count: int, seed: int, shape: tuple[int, int, int]) -> ImageSet:
     pixels = (60 + 60 * labels[:, None, None, None] + rng.integers(-55, 56, (count, *shape))).astype(np.uint8)
     mean, std = (0.5,) * shape[0], (0.25,) * shape[0]
     return ImageSet("toy", "train", pixels, labels, ("dark", "middle", "bright"), mean, std)
-
-
-def in_this_process(*arguments: str) -> str:
-    """What a command prints that must succeed."""
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

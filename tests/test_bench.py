@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_helpers import printed, refused
 from export_helpers import digits, exported
 from gpu_stand_in import gpu_build
 from report_helpers import MACHINE, run_folder, seeds_folder, tables, write
@@ -21,7 +22,6 @@ from report_helpers import result as sweep_result
 
 from tetdeploy import native
 from tetdeploy.bench import CALLS_PER_TURN, Bench, Setting, random_input
-from tetdeploy.cli import main
 from tetdeploy.engine import Engine
 from tetdeploy.report.document import Table
 from tetdeploy.report.page import document_of
@@ -40,8 +40,7 @@ def model(tmp_path: Path) -> Path:
     return Path(shutil.copy(source, tmp_path / "m.onnx"))
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+run = partial(printed, "bench")
 
 
 def reported(timings: Path) -> Table:
@@ -165,10 +164,10 @@ def test_noise_is_what_the_graph_takes() -> None:
 def test_says_whether_the_native_operator_runs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.runtimes.sessions.NATIVE_FROM", 1)
     monkeypatch.setenv("COLUMNS", "200")
-    fast = run(model, "--threads", "1", "--repeats", "1").output
+    fast = run(model, "--threads", "1", "--repeats", "1")
     assert "CPUExecutionProvider, native operators" in fast and "slower than" not in fast
     monkeypatch.setenv("TETDEPLOY_NATIVE", "0")
-    plain = run(model, "--threads", "1", "--repeats", "1").output
+    plain = run(model, "--threads", "1", "--repeats", "1")
     assert "native operators" not in plain and "slower than it could be" in plain and "TETDEPLOY_NATIVE=0" in plain
 
 
@@ -182,8 +181,7 @@ def test_the_name_of_the_processor() -> None:
 
 
 def test_json_and_table(model: Path) -> None:
-    done = run(model, "--batch", "1,3", "--threads", "1", "--T", "1,4", "--repeats", "6")
-    assert done.exit_code == 0, done.output
+    output = run(model, "--batch", "1,3", "--threads", "1", "--T", "1,4", "--repeats", "6")
     content = json.loads(model.with_suffix(".bench.json").read_text())
     assert content["kind"] == "bench" and content["model"] == str(model) and content["data"] == "reference images"
     assert content["model_sha256"] == Engine(model).sha256 and content["device"] == "cpu" and not content["interrupted"]
@@ -194,8 +192,8 @@ def test_json_and_table(model: Path) -> None:
     keys = {"batch", "threads", "T", "median_ms", "p95_ms", "p99_ms", "images_per_s", "calls"}
     assert all(row.keys() == keys and row["calls"] == 6 for row in content["rows"])
     for text in ("median", "p99", "images/s", content["machine"]["cpu"], "6 calls of a setting", ".bench.json"):
-        assert text in done.output
-    assert " with 1 thread\n" in done.output
+        assert text in output
+    assert " with 1 thread\n" in output
 
 
 def test_a_row_has_its_percentiles_in_order() -> None:
@@ -206,20 +204,19 @@ def test_a_row_has_its_percentiles_in_order() -> None:
 
 def test_without_reference_images_noise_is_shown(model: Path, tmp_path: Path) -> None:
     model.with_suffix(".reference.npz").unlink()
-    assert "noise takes as long" in run(model, "--repeats", "1", "--threads", "1", "--json", tmp_path / "a.json").output
+    assert "noise takes as long" in run(model, "--repeats", "1", "--threads", "1", "--json", tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["data"] == "noise"
 
 
 def test_reference_frames_that_are_too_few_are_not_said_to_be_missing(tmp_path: Path) -> None:
     source = exported("dynamic", encoding="frames")
-    done = run(source, "--T", "10", "--repeats", "1", "--threads", "1", "--json", tmp_path / "a.json")
-    assert "no reference images of so many steps beside the model" in " ".join(done.output.split())
-    assert "1 call of a setting" in done.output
+    output = run(source, "--T", "10", "--repeats", "1", "--threads", "1", "--json", tmp_path / "a.json")
+    assert "no reference images of so many steps beside the model" in " ".join(output.split())
+    assert "1 call of a setting" in output
 
 
 def test_images_of_a_data_set(model: Path, tmp_path: Path) -> None:
-    done = run(model, "--repeats", 1, "--threads", 1, "--data", "digits", "--json", tmp_path / "a.json")
-    assert done.exit_code == 0, done.output
+    run(model, "--repeats", 1, "--threads", 1, "--data", "digits", "--json", tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["data"] == "digits"
 
 
@@ -232,13 +229,12 @@ def test_on_a_gpu_its_name_is_kept_and_threads_are_one_setting(
     monkeypatch.setattr("tetdeploy.system.machine.usable_cores", lambda: 8)
     monkeypatch.setenv("COLUMNS", "200")
     clocked(lambda call, k: 1e-3)
-    done = run(model, "--device", "cuda", "--repeats", 1)
-    assert done.exit_code == 0, done.output
+    output = run(model, "--device", "cuda", "--repeats", 1)
     timings = model.with_suffix(".bench.json")
     content = json.loads(timings.read_text())
     assert content["machine"]["gpu"] == name and {row["threads"] for row in content["rows"]} == {1}
     system = content["machine"]["system"]
-    assert f" cores{f', {name}' if name else ''}, {system}, CUDAExecutionProvider\n" in done.output
+    assert f" cores{f', {name}' if name else ''}, {system}, CUDAExecutionProvider\n" in output
     table = reported(timings)
     assert table.caption.endswith(f" cores{f', {name}' if name else ''}, CUDAExecutionProvider.")
 
@@ -247,20 +243,19 @@ def test_on_a_cpu_no_gpu_is_asked_for(model: Path, clocked: Any, monkeypatch: py
     monkeypatch.setattr("tetdeploy.bench.gpu_name", lambda: pytest.fail("asked"))
     monkeypatch.setattr("tetdeploy.system.machine.usable_cores", lambda: 2)
     clocked(lambda call, k: 1e-3)
-    assert run(model, "--repeats", 1).exit_code == 0
+    run(model, "--repeats", 1)
     content = json.loads(model.with_suffix(".bench.json").read_text())
     assert content["machine"]["gpu"] is None and {row["threads"] for row in content["rows"]} == {1, 2}
 
 
 def test_an_unrolled_graph_says_that_T_changes_nothing(tmp_path: Path) -> None:
-    done = run(exported("unrolled", T=3), "--T", 2, "--repeats", 1, "--threads", 1, "--json", tmp_path / "a.json")
-    assert "always runs its T=3 steps: a smaller T takes as long" in done.output
+    output = run(exported("unrolled", T=3), "--T", 2, "--repeats", 1, "--threads", 1, "--json", tmp_path / "a.json")
+    assert "always runs its T=3 steps: a smaller T takes as long" in output
 
 
 def test_more_threads_than_cores_are_warned_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.system.machine.usable_cores", lambda: 1)
-    done = run(model, "--repeats", 1, "--threads", "1,2", "--batch", 1)
-    assert done.exit_code == 0 and "2 threads on 1 cores" in done.output
+    assert "2 threads on 1 cores" in run(model, "--repeats", 1, "--threads", "1,2", "--batch", 1)
 
 
 def test_ctrl_c_keeps_what_was_timed(model: Path, clocked: Any) -> None:
@@ -270,8 +265,8 @@ def test_ctrl_c_keeps_what_was_timed(model: Path, clocked: Any) -> None:
         return 1e-3
 
     clocked(cost)
-    done = run(model, "--repeats", 1000, "--threads", 1, "--batch", "1,2")
-    assert done.exit_code == 130 and "what was timed until then is kept" in done.output
+    output = run(model, "--repeats", 1000, "--threads", 1, "--batch", "1,2", code=130)
+    assert "what was timed until then is kept" in output
     content = json.loads(model.with_suffix(".bench.json").read_text())
     assert content["interrupted"] and all(0 < row["calls"] <= 3 * CALLS_PER_TURN for row in content["rows"])
     assert reported(model.with_suffix(".bench.json")).caption.endswith("ExecutionProvider, interrupted.")
@@ -285,14 +280,14 @@ def test_ctrl_c_leaves_an_earlier_result_unless_it_is_named(model: Path, clocked
 
     result = model.with_suffix(".bench.json")
     clocked(lambda call, k: 1e-3)
-    assert run(model, "--repeats", 1, "--threads", 1, "--batch", 1).exit_code == 0
+    run(model, "--repeats", 1, "--threads", 1, "--batch", 1)
     before = result.read_bytes()
     clocked(cost)
-    done = run(model, "--repeats", 1000, "--threads", 1, "--batch", 1)
-    assert done.exit_code == 130 and "that file stays as it was: name another with --json" in done.output
+    output = run(model, "--repeats", 1000, "--threads", 1, "--batch", 1, code=130)
+    assert "that file stays as it was: name another with --json" in output
     assert result.read_bytes() == before
     clocked(cost)
-    assert run(model, "--repeats", 1000, "--threads", 1, "--batch", 1, "--json", result).exit_code == 130
+    run(model, "--repeats", 1000, "--threads", 1, "--batch", 1, "--json", result, code=130)
     assert json.loads(result.read_text())["interrupted"]
 
 
@@ -301,8 +296,7 @@ def test_ctrl_c_before_the_first_call_writes_nothing(model: Path, clocked: Any) 
         raise KeyboardInterrupt
 
     clocked(cost)
-    done = run(model, "--threads", 1)
-    assert done.exit_code == 130 and "Traceback" not in done.output
+    assert "Traceback" not in run(model, "--threads", 1, code=130)
     assert not model.with_suffix(".bench.json").exists()
 
 
@@ -323,7 +317,7 @@ def test_no_torch_is_loaded(model: Path) -> None:
 
 def test_the_report_has_a_table_for_each_model(model: Path) -> None:
     """Of a run folder, and of files named one by one."""
-    assert run(model, "--repeats", 2, "--threads", 1).exit_code == 0
+    run(model, "--repeats", 2, "--threads", 1)
     timings = model.with_suffix(".bench.json")
     sweep = write(model.with_suffix(".sweep.json"), sweep_result(kind="sweep"))
     folder = run_folder(model.parent / "trained")
@@ -354,16 +348,16 @@ def test_timings_of_runs_of_one_name_stand_side_by_side(tmp_path: Path) -> None:
 def test_the_next_step_is_the_report_of_the_run(model: Path) -> None:
     """Where there is one: of timings alone no report can be made."""
     alone = run(model, "--repeats", 1, "--threads", 1, "--batch", 1)
-    assert alone.output.endswith(f"{model.with_suffix('.bench.json')}\n")
+    assert alone.endswith(f"{model.with_suffix('.bench.json')}\n")
     folder = run_folder(model.parent)
-    done, quoted = run(model, "--repeats", 1, "--threads", 1, "--batch", 1), shlex.quote(str(folder))
-    assert done.output.endswith(f"{model.with_suffix('.bench.json')}\nnext: tetdeploy report {quoted}\n")
+    output, quoted = run(model, "--repeats", 1, "--threads", 1, "--batch", 1), shlex.quote(str(folder))
+    assert output.endswith(f"{model.with_suffix('.bench.json')}\nnext: tetdeploy report {quoted}\n")
     assert any(section.title == "Latency and throughput" for section in document_of(read_results([folder])).sections)
 
 
 def test_a_report_says_which_timings_are_of_another_model_than_lies_beside_them(model: Path, clocked: Any) -> None:
     clocked(lambda call, k: 1e-3)
-    assert run(model, "--repeats", 1, "--threads", 1, "--batch", 1).exit_code == 0
+    run(model, "--repeats", 1, "--threads", 1, "--batch", 1)
     timings, folder = model.with_suffix(".bench.json"), run_folder(model.parent)
     assert read_results([folder]).notes == ()
     model.write_bytes(b"a new export")
@@ -414,8 +408,7 @@ def test_a_report_refuses_timings_alone_and_damaged_ones(tmp_path: Path) -> None
     ],
 )
 def test_wrong_usage(model: Path, options: tuple[str, ...], message: str) -> None:
-    done = run(model, *options)
-    assert done.exit_code == 2 and message in done.output, done.output
+    assert message in refused("bench", model, *options, code=2)
 
 
 @pytest.mark.parametrize(
@@ -428,20 +421,20 @@ def test_wrong_usage(model: Path, options: tuple[str, ...], message: str) -> Non
     ],
 )
 def test_one_line_for_what_cannot_be_timed(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    done = run(exported("unrolled", T=3), "--threads", 1, "--json", tmp_path / "a.json", *options)
-    assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output, done.output
-    assert not (tmp_path / "a.json").exists()
+    file = tmp_path / "a.json"
+    assert message in refused("bench", exported("unrolled", T=3), "--threads", 1, "--json", file, *options)
+    assert not file.exists()
 
 
 def test_too_many_threads_are_refused_and_not_warned_of(model: Path) -> None:
-    done = run(model, "--threads", "1,100000")
-    assert done.exit_code == 1 and "threads must be at most" in done.output
-    assert "they will wait for each other" not in done.output
+    output = refused("bench", model, "--threads", "1,100000")
+    assert "threads must be at most" in output
+    assert "they will wait for each other" not in output
 
 
 def test_no_model(tmp_path: Path) -> None:
-    assert "no model at" in run(tmp_path / "none.onnx").output
-    assert "no exported model in" in run("--runs", tmp_path).output
+    assert "no model at" in refused("bench", tmp_path / "none.onnx")
+    assert "no exported model in" in refused("bench", "--runs", tmp_path)
 
 
 def test_python_refuses_the_same(model: Path) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from run_helpers import in_this_process
+from command_helpers import printed
 
 from tetdeploy.data import load_data, save_npz
 
@@ -22,10 +22,10 @@ def test_some_steps_train_export_and_sweep(tmp_path: Path, monkeypatch: pytest.M
     images = load_data("cifar10", "test", data_dir=Path(DATA))  # the training set takes five times as long to decode
     save_npz(images.select(slice(2_000, 6_000)), "train.npz")
     options = ("--T", "2", "--width", "0.25", "--batch-size", "32", "--augment", "crop-flip", "--lr", "3e-3")
-    in_this_process("train", "--data", "train.npz", *options, "--epochs", "1", "--warmup-epochs", "0.2", "--out", "run")
-    assert "top-1 agreement" in in_this_process("export", "run", "--T", "4", "--fold-bn", "--check", "200")
+    printed("train", "--data", "train.npz", *options, "--epochs", "1", "--warmup-epochs", "0.2", "--out", "run")
+    assert "top-1 agreement" in printed("export", "run", "--T", "4", "--fold-bn", "--check", "200")
     of_test = ("--data", "cifar10", "--data-dir", DATA, "--limit", "1000")
-    in_this_process("sweep", "run/model-T4.onnx", *of_test, "--json", "s.json")
+    printed("sweep", "run/model-T4.onnx", *of_test, "--json", "s.json")
     rows = json.loads(Path("s.json").read_text())["rows"]
     assert [row["T"] for row in rows] == [1, 2, 3, 4]
     assert rows[1]["accuracy"] > 0.3  # ten classes: chance is 0.1

@@ -25,7 +25,8 @@ import click
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
+from command_helpers import invoke, printed, refused
 from image_helpers import write_deep_png
 from PIL import Image
 from rich.progress import ProgressColumn
@@ -77,8 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `train` and `export` ran on the digits: runs/digits-convsnn with an unrolled T=3 model."""
     folder = tmp_path_factory.mktemp("trained")
     for arguments in (["train", "--epochs", "4", "--width", "0.5"], ["export", "--T", "3", "--check", "64"]):
-        result = CliRunner().invoke(main, [*arguments, "--runs", str(folder / "runs")])
-        assert result.exit_code == 0, result.output
+        printed(*arguments, "--runs", folder / "runs")
     return folder
 
 
@@ -89,24 +89,9 @@ def workplace(trained: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
-
-
 def needs(package: str) -> pytest.MarkDecorator:
     """Of a test that needs more than what the README installs for the tests."""
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
-
-
-def refused(*arguments: str, code: int = 1) -> str:
-    """The message of a command that must fail: one line, no traceback."""
-    result = run(*arguments)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    if code == 1:
-        assert result.output.count("Error: ") == 1
-    return result.output
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -174,10 +159,10 @@ def net(num_classes, in_channels, image_size):
 
 class TestCommands:
     def test_every_command_has_help_with_examples(self) -> None:
-        listed = re.findall(r"^  tetdeploy (\S+)", run("--help").output, re.MULTILINE)
+        listed = re.findall(r"^  tetdeploy (\S+)", printed("--help"), re.MULTILINE)
         assert listed == list(main.commands)
         for name in main.commands:
-            output = run(name, "--help").output
+            output = printed(name, "--help")
             assert "Examples:" in output, name
             assert f"tetdeploy {name}" in output, name
             assert "None" not in output, name
@@ -210,7 +195,7 @@ class TestCommands:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
         monkeypatch.setattr(console, "print", left)
-        assert run(*command, "--json", "found.json").exit_code == 1
+        refused(*command, "--json", "found.json")
         assert json.loads(Path("found.json").read_text())
 
     def test_train_leaves_a_run(self, workplace: Path) -> None:
@@ -223,7 +208,7 @@ class TestCommands:
     def test_the_json_of_a_training_is_of_its_best_epoch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ended = TrainResult(Path("run"), 3, Best(2, 0.5, 1.25), interrupted=False, seconds=1.0)
         monkeypatch.setattr("tetdeploy.train.train", lambda *args, **options: ended)
-        assert run("train", "--out", "run", "--json", "t.json").exit_code == 0
+        printed("train", "--out", "run", "--json", "t.json")
         said = {"run": "run", "epochs": 3, "seconds": 1.0, "best_epoch": 2, "val_accuracy": 0.5, "val_loss": 1.25}
         assert json.loads(Path("t.json").read_text()) == said
 
@@ -252,23 +237,21 @@ class TestCommands:
     def test_an_export_goes_on_with_what_runs_its_target(self, target: str, command: str, workplace: Path) -> None:
         assert " ".join(map(str, after_export(Path("m.onnx"), target))) == command.format("m.onnx")
         if target == "tensorrt-rtx":
-            result = run("export", "--target", target, "--check", "0", "--out", "m.onnx")
-            assert result.output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
+            output = printed("export", "--target", target, "--check", "0", "--out", "m.onnx")
+            assert output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
         name, *arguments = command.format("m.onnx").split()
         main.commands[name].make_context(name, arguments).close()  # it parses
 
     def test_an_export_says_when_a_calibration_does_not_fit_it(self, workplace: Path) -> None:
         model, export = f"{RUN}/model-step.onnx", ("export", "--layout", "step", "--check", "20")
         for command in (export, ("calibrate", model, "--T", "2"), export, ("export", *export[1:], "--no-fold-bn")):
-            result = run(*command)
-            assert result.exit_code == 0, result.output
+            output = printed(*command)
             again = f"{RUN}/model-step.exit.json holds the threshold of another model than {model}; run: "
-            assert (again in result.output) == ("--no-fold-bn" in command)
+            assert (again in output) == ("--no-fold-bn" in command)
         assert Path(RUN, "model-step.exit.json").exists()
 
     def test_sweep_writes_the_contracts_json_and_a_plot(self, workplace: Path) -> None:
-        result = run("sweep", "--json", "out.json", "--plot", "out.png")
-        assert result.exit_code == 0, result.output
+        output = printed("sweep", "--json", "out.json", "--plot", "out.png")
         written = json.loads(Path("out.json").read_text())
         assert set(written) >= {"model", "data", "num_samples", "rows"}
         assert [row["T"] for row in written["rows"]] == [1, 2, 3]
@@ -292,18 +275,16 @@ class TestCommands:
         assert ops[0] < ops[1] < ops[2]
         with Image.open("out.png") as picture:
             assert picture.size[0] > 500
-        assert "the latency is the same at every T" in result.output
+        assert "the latency is the same at every T" in output
 
     def test_the_plot_of_a_sweep_lies_beside_its_numbers(self, workplace: Path) -> None:
-        result = run("sweep", "--T", "1", "--limit", "4", "--json", "elsewhere/one.json")
-        assert result.exit_code == 0, result.output
+        output = printed("sweep", "--T", "1", "--limit", "4", "--json", "elsewhere/one.json")
         assert Path("elsewhere/one.png").exists() and not list(Path(RUN).glob("*.sweep.*"))
-        assert result.output.endswith("next: tetdeploy report elsewhere/one.json\n")
-        assert run("sweep", "--T", "1", "--limit", "4").output.endswith(f"next: tetdeploy report {RUN}\n")
+        assert output.endswith("next: tetdeploy report elsewhere/one.json\n")
+        assert printed("sweep", "--T", "1", "--limit", "4").endswith(f"next: tetdeploy report {RUN}\n")
 
     def test_sweep_shows_where_the_energy_goes(self, workplace: Path) -> None:
-        result = run("sweep", "--T", "2:3", "--layers", "--other-ops", "--energy", "once", "--json", "out.json")
-        assert result.exit_code == 0, result.output
+        output = printed("sweep", "--T", "2:3", "--layers", "--other-ops", "--energy", "once", "--json", "out.json")
         for line in (
             "layers, per image at T=3",
             "encode.0",
@@ -313,16 +294,15 @@ class TestCommands:
             "neuron ops",
             "ANN",
         ):
-            assert line in result.output
+            assert line in output
         written = json.loads(Path("out.json").read_text())
         assert written["kind"] == "sweep" and written["trained_T"] == 4
         total = sum(layer["rows"][1]["energy_pj"] for layer in written["layers"])
         assert total == pytest.approx(written["rows"][1]["energy_pj"])
 
     def test_sweep_takes_other_picojoules(self, workplace: Path) -> None:
-        result = run("sweep", "--T", "3", "--limit", "50", "--ac-pj", "0.5", "--mac-pj", "2", "--json", "out.json")
-        assert result.exit_code == 0, result.output
-        assert "; 2 pJ a multiply-accumulate and 0.5 pJ an addition" in result.output
+        output = printed("sweep", "--T", "3", "--limit", "50", "--ac-pj", "0.5", "--mac-pj", "2", "--json", "out.json")
+        assert "; 2 pJ a multiply-accumulate and 0.5 pJ an addition" in output
         written = json.loads(Path("out.json").read_text())
         (row,) = written["rows"]
         assert row["energy_pj"] == pytest.approx(0.5 * row["ac_ops"] + 2 * row["mac_ops"])
@@ -338,19 +318,16 @@ class TestCommands:
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)
         np.savez("mine.npz", images=images, labels=np.arange(20) % 10)
-        result = run("sweep", "--data", "mine.npz", "--json", "out.json")
-        assert result.exit_code == 0, result.output
+        printed("sweep", "--data", "mine.npz", "--json", "out.json")
         assert json.loads(Path("out.json").read_text())["num_samples"] == 20
 
     def test_a_result_of_other_images_is_told_before_it_is_replaced(self, workplace: Path) -> None:
         said = "out.json, the result of 20 images of digits, will be replaced; another --json keeps both"
         for limit, told in (("20", False), ("20", False), ("10", True)):
-            result = run("sweep", "--T", "1", "--limit", limit, "--json", "out.json")
-            assert result.exit_code == 0, result.output
-            assert (said in result.output) is told
+            assert (said in printed("sweep", "--T", "1", "--limit", limit, "--json", "out.json")) is told
         for junk in ("not json", "[]", "{}", '{"data": "digits", "num_samples": "many"}'):
             Path("out.json").write_text(junk)
-            assert "will be replaced" not in run("sweep", "--T", "1", "--limit", "10", "--json", "out.json").output
+            assert "will be replaced" not in invoke("sweep", "--T", "1", "--limit", "10", "--json", "out.json").output
 
     @pytest.mark.parametrize(("columns", "width"), [("60", 60), ("100", 100), ("0", 120), ("", 120)])
     def test_piped_tables_are_as_wide_as_COLUMNS(self, columns: str, width: int, workplace: Path) -> None:
@@ -387,9 +364,7 @@ class TestCommands:
     def test_predict_names_classes_and_certainty_at_each_step(self, workplace: Path) -> None:
         Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")
         Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("b.png")
-        result = run("predict", MODEL, "a.png", "b.png", "--resize", "--top", "2", "--json", "p.json")
-        assert result.exit_code == 0, result.output
-        assert "T=3" in result.output
+        assert "T=3" in printed("predict", MODEL, "a.png", "b.png", "--resize", "--top", "2", "--json", "p.json")
         certainty = np.array(json.loads(Path("p.json").read_text())["images"][0]["certainty"])
         assert certainty.shape == (3, 10)
         np.testing.assert_allclose(certainty.sum(-1), 1, rtol=1e-5)
@@ -404,7 +379,7 @@ class TestCommands:
         x, names = load_data("digits", "test", data_dir=Path()).x[:16], [f"{k}.png" for k in range(16)]
         for image, name in zip(x, names, strict=True):
             Image.fromarray(image[0]).save(name)
-        output = run("predict", MODEL, *names, "--top", "2", "--json", "p.json").output
+        output = printed("predict", MODEL, *names, "--top", "2", "--json", "p.json")
         engine = Engine(MODEL)
         mean = np.cumsum(engine.run(x).per_step.astype(np.float64), axis=1) / np.arange(1, 4)[:, None]
         expected = np.exp(mean) / np.exp(mean).sum(-1, keepdims=True)
@@ -425,7 +400,7 @@ class TestCommands:
         wide[:, 8:16] = load_data("digits", "test", data_dir=Path()).x[0, 0]
         Image.fromarray(wide).save("wide.png")
         Image.fromarray(wide[:, 8:16]).save("middle.png")
-        run("predict", MODEL, "wide.png", "middle.png", "--resize", "--json", "p.json")
+        printed("predict", MODEL, "wide.png", "middle.png", "--resize", "--json", "p.json")
         one, other = (image["certainty"] for image in json.loads(Path("p.json").read_text())["images"])
         np.testing.assert_allclose(one, other, atol=1e-6)
 
@@ -467,11 +442,10 @@ class TestCommands:
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setattr(preflight, "why_not", preflight._answer)  # in this process
         with pytest.warns(RuntimeWarning, match=f"silent_net:net: {NOT_EXPORTED} the network has no LIF or IF of tet"):
-            trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2", "--data", str(few))
-        assert trained.exit_code == 0, trained.output
-        again = trained.output.rpartition("next: tetdeploy ")[2].split()
+            output = printed("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2", "--data", few)
+        again = output.rpartition("next: tetdeploy ")[2].split()
         assert again[0] == "evaluate"
-        assert run(*again, "--data", str(few)).exit_code == 0
+        printed(*again, "--data", few)
 
     def test_training_is_warned_of_what_export_will_refuse_and_not_changed(
         self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -482,17 +456,17 @@ class TestCommands:
         options = ("train", "--data", str(few), "--model", "random_net:net", "--epochs", "2", "--T", "2")
         with monkeypatch.context() as patch:
             patch.setattr("tetdeploy.export.preflight.why_not", lambda *_: None)
-            assert run(*options, "--out", "unchecked").exit_code == 0
+            printed(*options, "--out", "unchecked")
         with pytest.warns(RuntimeWarning, match=f"{NOT_EXPORTED} the network draws random numbers in in") as warned:
-            assert run(*options, "--out", "checked", "--seeds", "0,1").exit_code == 0
+            printed(*options, "--out", "checked", "--seeds", "0,1")
         assert len(warned) == 1
         assert capfd.readouterr().out.count("printed at import") == 1  # by the training, which is this process
         kept = [load_file(f"{name}/checkpoint.safetensors") for name in ("unchecked", "checked/seed-0")]
         assert kept[0].keys() == kept[1].keys()
         assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
         assert metrics(Path("unchecked")) == metrics(Path("checked/seed-0"))
-        assert run("train", "--resume", "unchecked", "--model", "random_net:net").exit_code == 0  # nor is this warned
-        assert run(*options, "--ann", "--T", "1", "--out", "ann").exit_code == 0  # and is not warned
+        printed("train", "--resume", "unchecked", "--model", "random_net:net")  # nor is this warned
+        printed(*options, "--ann", "--T", "1", "--out", "ann")  # and is not warned
 
     def test_a_check_that_ends_without_an_answer_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def run_other(command: list[str], **options: Any) -> Any:
@@ -570,8 +544,7 @@ class TestCommands:
         np.savez("frames.npz", images=np.zeros((20, 2, 1, 8, 8), np.uint8), labels=np.arange(20) % 2)
         options = ("train", "--data", "frames.npz", "--model", "frames_net:net", "--epochs", "1", "--T", "2")
         assert "cuda:99" in refused(*options, "--device", "cuda:99") and not checked.called
-        trained = run(*options)
-        assert trained.exit_code == 0, trained.output  # without a warning: nothing was found out
+        printed(*options)  # without a warning: nothing was found out
         assert [call.args[1] for call in checked.call_args_list] == ["frames"]
 
     @pytest.mark.usefixtures("_not_asked")
@@ -590,14 +563,14 @@ class TestCommands:
         own = ("--model", "cut_net:net")
         for options in ((), ("--seeds", "0,1")):
             again = f"train --resume runs/own{len(options)}"
-            cut = run("train", *own, "--epochs", "2", *options, "--out", again.split()[-1])
-            assert cut.exit_code == 130 and cut.output.endswith(f"go on with: tetdeploy {again} --model cut_net:net\n")
+            output = printed("train", *own, "--epochs", "2", *options, "--out", again.split()[-1], code=130)
+            assert output.endswith(f"go on with: tetdeploy {again} --model cut_net:net\n")
             del sys.modules["cut_net"]
             assert "holds a network of your own: pass --model cut_net:net" in refused(*again.split())
             assert "cut_net" not in sys.modules
             if options:
                 assert "--seed and --seeds both decide" in refused(*again.split(), *own, "--seed", "1", code=2)
-            assert run(*again.split(), *own).exit_code == 130
+            printed(*again.split(), *own, code=130)
 
     @pytest.mark.usefixtures("_not_asked")
     def test_an_own_network_whose_code_has_changed_is_told(
@@ -607,7 +580,7 @@ class TestCommands:
         code.write_text(LINEAR_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
         own, short = ("--model", "tau_net:net"), ("--data", str(few), "--epochs", "1", "--T", "1")
-        assert run("train", *own, *short, "--seeds", "0", "--out", "own").exit_code == 0
+        printed("train", *own, *short, "--seeds", "0", "--out", "own")
         begun, before = "own/seed-0", sha256_of(code)
         assert json.loads(Path(begun, "config.json").read_text())["code_sha256"] == before
         assert read_metadata(begun)["provenance"]["code_sha256"] == before
@@ -616,14 +589,14 @@ class TestCommands:
             ("train", "--resume", "own"),
             ("train", "--init", begun, *short, "--out", "second"),
         ]
-        assert run(*commands[0], *own).exit_code == 0  # without a warning
+        printed(*commands[0], *own)  # without a warning
         code.write_text(code.read_text() + "# another tau\n")
-        assert run(*commands[0], *own).exit_code == 0  # this process has the earlier code
+        printed(*commands[0], *own)  # this process has the earlier code
         for command in commands:
             sys.modules.pop("tau_net")
             said = f"tau_net.py has changed since the training of {begun}: its results may be of another network"
             with pytest.warns(RuntimeWarning, match=said) as told:
-                assert run(*command, *own).exit_code == 0
+                printed(*command, *own)
             assert sum("has changed" in str(warning.message) for warning in told) == 1
         assert read_metadata("second")["provenance"]["code_sha256"] == sha256_of(code) != before
         sys.modules.pop("tau_net")
@@ -635,14 +608,14 @@ class TestCommands:
         Path("drawn_net.py").write_text(DRAWN_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
         own, options = ("--model", "drawn_net:net"), ("--data", str(few), "--epochs", "1", "--T", "1", "--seed", "5")
-        assert run("train", *own, *options, "--out", "own").exit_code == 0
+        printed("train", *own, *options, "--out", "own")
         with torch.random.fork_rng():
             torch.manual_seed(5)
             mask = sys.modules["drawn_net"].net(10, 1, (8, 8)).mask
         before = torch.get_rng_state()
         assert torch.equal(load_classifier(read_checkpoint("own"), own[1]).network.mask, mask)
         assert torch.equal(torch.get_rng_state(), before)
-        assert run("evaluate", "own", *own, "--split", "validation", "--T", "1", "--json", "e.json").exit_code == 0
+        printed("evaluate", "own", *own, "--split", "validation", "--T", "1", "--json", "e.json")
         [measured] = json.loads(Path("e.json").read_text())["runs"]
         assert measured["accuracy"][0]["accuracy"] == pytest.approx(metrics(Path("own"))[0]["val_accuracy"])
         sys.modules.pop("drawn_net")
@@ -651,7 +624,7 @@ class TestCommands:
         self, few: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         options = ["--data", str(few), "--epochs", "3", "--width", "0.25", "--T", "2"]
-        assert run("train", *options, "--out", "whole").exit_code == 0
+        printed("train", *options, "--out", "whole")
         shown = Progress.epoch
 
         def cut_after_the_first(self: Progress, record: dict[str, Any]) -> None:
@@ -661,13 +634,10 @@ class TestCommands:
 
         with monkeypatch.context() as patch:
             patch.setattr(Progress, "epoch", cut_after_the_first)
-            cut = run("train", *options, "--out", "cut")
-        rest = cut.output
-        assert cut.exit_code == 130, rest
+            rest = printed("train", *options, "--out", "cut", code=130)
         assert "Traceback" not in rest and "epoch 2/" not in rest
         assert "tetdeploy train --resume cut" in rest
-        resumed = run("train", "--resume", "cut")
-        assert resumed.exit_code == 0, resumed.output
+        printed("train", "--resume", "cut")
         assert (
             Path("cut/checkpoint.safetensors").read_bytes()[-10_000:]
             == Path("whole/checkpoint.safetensors").read_bytes()[-10_000:]
@@ -680,7 +650,7 @@ class TestCommands:
     def test_a_finished_run_whose_weights_are_gone_names_no_next_step(self, workplace: Path) -> None:
         Path(RUN, "checkpoint.safetensors").unlink()
         with pytest.warns(RuntimeWarning, match="is gone"):
-            said = run("train", "--resume", RUN).output
+            said = printed("train", "--resume", RUN)
         assert re.search(r"best val .* at epoch \d: gone", said) and "->" not in said and "next:" not in said
 
     def test_resume_refuses_a_config_that_lacks_a_setting(self, workplace: Path) -> None:
@@ -692,12 +662,11 @@ class TestCommands:
 
     @pytest.mark.parametrize("seeds", [(), ("--seeds", "0,1")], ids=["one", "seeds"])
     def test_a_folder_with_brackets_is_no_markup(self, seeds: tuple[str, ...], tmp_path: Path) -> None:
-        result = run("train", "--epochs", "1", "--width", "0.25", *seeds, "--out", "runs/[red]a[/x]")
-        assert result.exit_code == 0, result.output
-        assert result.output.count("[red]a[/x]") == (4 if seeds else 2)  # where it lies, and what comes next
+        output = printed("train", "--epochs", "1", "--width", "0.25", *seeds, "--out", "runs/[red]a[/x]")
+        assert output.count("[red]a[/x]") == (4 if seeds else 2)  # where it lies, and what comes next
 
     def test_init_starts_from_given_weights(self, workplace: Path) -> None:
-        result = run(
+        printed(
             "train",
             "--init",
             "runs/digits-convsnn",
@@ -712,7 +681,6 @@ class TestCommands:
             "--json",
             "t.json",
         )
-        assert result.exit_code == 0, result.output
         assert json.loads(Path("t.json").read_text())["val_accuracy"] > 0.8
         message = refused("train", "--init", RUN, "--width", "1", "--epochs", "1")
         assert message == f"Error: {RUN} has width 0.5, not 1.0, which its weights do not fit: leave out --width\n"
@@ -741,12 +709,12 @@ class TestCommands:
         read = Mock(wraps=checkpoint.read_checkpoint)  # once, or the weights may be others than the SHA-256 says
         monkeypatch.setattr(checkpoint, "read_checkpoint", read)
         before = sha256_of(file)
-        assert run("export", RUN, "--T", "2", "--check", "9", "-o", "a.onnx").exit_code == 0
+        printed("export", RUN, "--T", "2", "--check", "9", "-o", "a.onnx")
         assert read.call_count == 1
         assert Engine("a.onnx").metadata["source"]["checkpoint_sha256"] == before != sha256_of(file)
 
         before = sha256_of(file)
-        assert run("train", "--init", RUN, "--epochs", "1", "--out", "runs/second").exit_code == 0
+        printed("train", "--init", RUN, "--epochs", "1", "--out", "runs/second")
         init = json.loads(Path("runs/second/config.json").read_text())["init"]
         assert init == {"path": RUN, "checkpoint_sha256": before} and before != sha256_of(file)
         assert read.call_count == 2
@@ -782,10 +750,9 @@ class TestCommands:
 
     def test_init_keeps_the_network_that_the_weights_are_of(self, workplace: Path) -> None:
         short = ("--width", "0.25", "--epochs", "1", "--warmup-epochs", "0")
-        assert run("train", *short, "--v-th", "0.5", "--tau", "0.75", "--out", "runs/first").exit_code == 0
-        result = run("train", *short[2:], "--init", "runs/first", "--tau", "0.25", "--out", "runs/second")
-        assert result.exit_code == 0, result.output
-        assert "width 0.25, as in runs/first" in result.output and "parameters, from runs/first " in result.output
+        printed("train", *short, "--v-th", "0.5", "--tau", "0.75", "--out", "runs/first")
+        output = printed("train", *short[2:], "--init", "runs/first", "--tau", "0.25", "--out", "runs/second")
+        assert "width 0.25, as in runs/first" in output and "parameters, from runs/first " in output
         settings = json.loads(Path("runs/second/config.json").read_text())
         network, phi = settings["network"], settings["training"]["phi"]
         assert (network["width"], network["tau"], network["v_th"], phi) == (0.25, 0.25, 0.5, 0.5)
@@ -794,9 +761,7 @@ class TestCommands:
         images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
         np.savez("three.npz", images=images, labels=np.arange(60) % 3)
         options = ("--init", RUN, "--data", "three.npz", "--epochs", "1")
-        trained = run("train", *options)
-        assert trained.exit_code == 0, trained.output
-        said = " ".join(trained.output.split())
+        said = " ".join(printed("train", *options).split())
         assert f"{RUN} knows 10 classes, three.npz has 3: readout.2.weight, readout.2.bias start anew" in said
         assert "of 10 classes; three.npz has" in refused("train", "--qat", *options)
 
@@ -804,11 +769,11 @@ class TestCommands:
         images = np.random.default_rng(0).integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
         np.savez("colour.npz", images=images, labels=np.arange(60) % 3)
         short = ("--epochs", "1", "--width", "0.25")
-        assert run("train", *short, "--data", "colour.npz", "--ann", "--out", "runs/ann").exit_code == 0
-        taught = run("train", *short, "--distill", "runs/ann", "--out", "runs/taught")
-        assert taught.exit_code == 0 and "data colour.npz, as in runs/ann" in " ".join(taught.output.split())
-        further = run("train", *short[:2], "--init", "runs/taught", "--out", "runs/further")
-        assert further.exit_code == 0 and "data colour.npz, as in runs/taught" in " ".join(further.output.split())
+        printed("train", *short, "--data", "colour.npz", "--ann", "--out", "runs/ann")
+        output = printed("train", *short, "--distill", "runs/ann", "--out", "runs/taught")
+        assert "data colour.npz, as in runs/ann" in " ".join(output.split())
+        output = printed("train", *short[:2], "--init", "runs/taught", "--out", "runs/further")
+        assert "data colour.npz, as in runs/taught" in " ".join(output.split())
         assert "image_shape" in refused("train", *short, "--data", "digits", "--distill", "runs/ann")
 
 
@@ -880,7 +845,7 @@ class TestBadInput:
         for parameter in main.commands["train"].params:
             if parameter.name in smaller:
                 monkeypatch.setattr(parameter, "default", smaller[parameter.name])
-        folder, printed, begun = Path(f"{RUN}-2"), console.print, list[str]()
+        folder, shown, begun = Path(f"{RUN}-2"), console.print, list[str]()
 
         def tell(text: Any = "", **options: Any) -> None:
             if "tetdeploy export --T 8" in str(text):
@@ -891,13 +856,12 @@ class TestBadInput:
                 begun.append("sweep")
                 later = time.time() + 60
                 os.utime(MODEL, (later, later))
-            printed(text, **options)
+            shown(text, **options)
 
         monkeypatch.setattr(console, "print", tell)
-        result = run("quickstart", "--seed", "7", "--json", "result.json")
-        assert result.exit_code == 0, result.output
+        output = printed("quickstart", "--seed", "7", "--json", "result.json")
         assert begun == ["export", "sweep"]
-        assert result.output.splitlines()[-1] == f"the model: {folder}/model-T8.onnx"
+        assert output.splitlines()[-1] == f"the model: {folder}/model-T8.onnx"
         assert Path(folder, "model-T8.onnx").exists()
         training = json.loads(Path(folder, "config.json").read_text())["training"]
         assert (training["seed"], training["epochs"]) == (7, 2)
@@ -968,7 +932,7 @@ class TestBadInput:
             "-o",
             "f.onnx",
         )
-        assert run(*arguments).exit_code == 0
+        printed(*arguments)
         np.savez("nan.npz", images=np.full((2, 4, 1, 8, 8), np.nan, np.float32), labels=np.zeros(2, np.int64))
         assert "NaN" in refused("sweep", "f.onnx", "--data", "nan.npz")
 
@@ -1045,9 +1009,8 @@ class TestBadInput:
 
     def test_a_sweep_goes_without_its_plot(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        result = run("sweep", MODEL, "--limit", "20")
-        assert result.exit_code == 0, result.output
-        assert "no plot: " in result.output and "pip install 'tetdeploy[report]'" in result.output
+        output = printed("sweep", MODEL, "--limit", "20")
+        assert "no plot: " in output and "pip install 'tetdeploy[report]'" in output
 
     def test_a_sweep_whose_plot_cannot_be_written_says_that_the_result_is(
         self, workplace: Path, monkeypatch: pytest.MonkeyPatch
@@ -1192,10 +1155,10 @@ class TestBadInput:
         said = f"photo.png: it is there without {result}, and so something else; choose another with --plot"
         assert said in refused(*command, result).replace("\n", " ")
         Path(result).write_text(begins)
-        assert isinstance(run(*command, result).exception, AssertionError)  # it began to work
+        assert isinstance(invoke(*command, result).exception, AssertionError)  # it began to work
         Path(f"{RUN}/model-T3.sweep.json").unlink(missing_ok=True)
         Path(f"{RUN}/model-T3.sweep.png").touch()  # a name that nobody chose
-        assert isinstance(run("sweep", MODEL).exception, AssertionError)
+        assert isinstance(invoke("sweep", MODEL).exception, AssertionError)
 
     @pytest.mark.parametrize("command", [("sweep", MODEL, "--plot", "s.x"), ("landscape", RUN, "--plot", "l")])
     def test_a_plot_without_a_format_is_refused_before_the_work(
@@ -1289,7 +1252,7 @@ class TestBadInput:
         assert snapshot(workplace) == before
 
     def test_a_result_may_lie_in_the_run(self, workplace: Path) -> None:
-        assert run("export", RUN, "--check", "0", "--json", f"{RUN}/any.json").exit_code == 0
+        printed("export", RUN, "--check", "0", "--json", f"{RUN}/any.json")
         assert json.loads(Path(f"{RUN}/any.json").read_text())["path"].startswith(RUN)
 
     @pytest.mark.parametrize(
@@ -1382,10 +1345,9 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     before = snapshot(workplace)
     importlib.import_module(f"tetdeploy.{work}".rpartition(".")[0].removesuffix(".Engine"))
     monkeypatch.setattr(f"tetdeploy.{work}", interrupted)
-    done = run(*command)
-    assert done.exit_code == 130 and isinstance(done.exception, SystemExit)
-    assert done.output.splitlines()[-1] == "interrupted; no file is left half written"
-    assert "Error" not in done.output and snapshot(workplace) == before
+    output = printed(*command, code=130)
+    assert output.splitlines()[-1] == "interrupted; no file is left half written"
+    assert "Error" not in output and snapshot(workplace) == before
 
 
 ELSEWHERE = "; make room, or write elsewhere"
@@ -1434,21 +1396,21 @@ def test_a_disk_that_is_full_when_another_seed_begins_leaves_a_run_to_go_on_with
         patch.setattr(loop, "save_state", save_the_first)
         said = refused(*TRAIN_FEW, "--seeds", "0,1")
     assert "new/seed-1/last.safetensors: No space left on device; what was written before is as it was: go on" in said
-    assert run("train", "--resume", "new").exit_code == 0
+    printed("train", "--resume", "new")
 
 
 def test_what_foreign_files_say_does_not_steer_the_terminal(workplace: Path) -> None:
     """To hide a line, say, or to turn the letters of a name around."""
     hostile = {"a\x1b[8mb\u202ec.weight": torch.ones(2, 3)}
     save_file(hostile, "foreign.safetensors", metadata={"made": "x\x1b]0;title\x07y\x9b2J"})
-    said = run("inspect", "foreign.safetensors").output
+    said = printed("inspect", "foreign.safetensors")
     assert "a[8mbc " in said and "made=x]0;titley2J\n" in said.replace(" ", "")
 
     @click.command(cls=CleanErrors)
     def fail() -> None:
         raise ValueError("no layer a\x1b[8mb")
 
-    assert CliRunner().invoke(fail).output == "Error: no layer a[8mb\n"
+    assert refused(command=fail) == "Error: no layer a[8mb\n"
     assert "argument (model.onnx)" in refused("inspect", RUN, "model\u202e.onnx", code=2)
     bar = progress_bar()
     bar.console.file = io.StringIO()
@@ -1581,7 +1543,7 @@ def test_a_home_that_the_shell_leaves_is_found(typed: str, got: str, monkeypatch
         click.echo(" ".join([out, *rest]).strip())
 
     monkeypatch.setenv("HOME", "/home/me")
-    assert CliRunner().invoke(group, ["command", typed]).output == f"{got}\n"
+    assert printed("command", typed, command=group) == f"{got}\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="which keeps a folder that is somebody's current one")

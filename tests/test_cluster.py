@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from command_helpers import printed, refused
 from export_helpers import exported
 from PIL import Image
 
@@ -19,7 +19,6 @@ pytest.importorskip("tritonclient")
 pytest.importorskip("yaml")
 import yaml
 
-from tetdeploy.cli import main
 from tetdeploy.cli.serve import serve
 from tetdeploy.export.kserve import inference_service
 from tetdeploy.serve.scheduler import GRACE_SECONDS
@@ -29,28 +28,16 @@ URI = "s3://models/digits"
 ROOT = Path(__file__).parent.parent
 
 
-def call(*arguments: object) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(*arguments: object) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code in (1, 2) and "Traceback" not in result.output
-    return " ".join(result.output.replace("│", " ").split())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("cluster") / "runs"
-    call("train", "--epochs", 1, "--width", 0.125, "--runs", runs)
+    printed("train", "--epochs", 1, "--width", 0.125, "--runs", runs)
     return runs / "digits-convsnn"
 
 
 def test_a_run_becomes_a_repository_and_then_its_next_version(run: Path, tmp_path: Path) -> None:
     arguments = ["export", run, "--layout", "dynamic", "--check", 20, "--format", "triton-repository", "-o", tmp_path]
-    output = call(*arguments, "--json", tmp_path / "written.json")
+    output = printed(*arguments, "--json", tmp_path / "written.json")
     assert f"{tmp_path}/digits-convsnn-stream/1   onnxruntime_onnx" in output
     assert output.endswith(f"next: tritonserver --model-repository {shlex.quote(str(tmp_path))}   (docs/cluster.md)\n")
     assert output.count("next: ") == 1
@@ -59,7 +46,7 @@ def test_a_run_becomes_a_repository_and_then_its_next_version(run: Path, tmp_pat
     served = (tmp_path / "digits-convsnn" / "1" / "model.onnx").read_bytes()
     assert served == (run / "model-dynamic.onnx").read_bytes()
     assert (run / "model-step.reference.npz").exists()
-    again = call("export", run / "model-step.onnx", "--format", "triton-repository", "-o", tmp_path)
+    again = printed("export", run / "model-step.onnx", "--format", "triton-repository", "-o", tmp_path)
     assert f"{tmp_path}/digits-convsnn-stream/2" in again
 
 
@@ -68,16 +55,18 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
     folder.mkdir()
     model, image, result = folder / "m.onnx", folder / "[bold].png", folder / "r.json"
     Image.new("L", (8, 8)).save(image)
-    output = call("export", run, "--layout", "dynamic", "--check", 20, "-o", model)
+    output = printed("export", run, "--layout", "dynamic", "--check", 20, "-o", model)
     assert f"{model}   " in output and f"next: tetdeploy sweep '{model}'\n" in output
-    output = call("export", model, "--format", "triton-repository", "--name", "m", "-o", folder / "triton")
+    output = printed("export", model, "--format", "triton-repository", "--name", "m", "-o", folder / "triton")
     assert f"{folder / 'triton' / 'm'}/1   onnx" in output and f"--model-repository '{folder / 'triton'}'   " in output
-    output = call("export", model, "--format", "kserve", "--storage-uri", URI, "--name", "m", "-o", folder / "m.yaml")
+    output = printed(
+        "export", model, "--format", "kserve", "--storage-uri", URI, "--name", "m", "-o", folder / "m.yaml"
+    )
     assert f"{folder / 'm.yaml'}   m" in output and f"copy '{model}', '{folder}/m.reference.npz' to" in output
     assert f"kubectl apply -f '{folder / 'm.yaml'}'   (docs" in output
-    output = call("predict", model, image, "--json", result)
+    output = printed("predict", model, image, "--json", result)
     assert "[bold].png" in output and f"{result}\n" in output
-    output = call("validate", model, "--json", result)
+    output = printed("validate", model, "--json", result)
     assert f"{result}\nnext: tetdeploy report '{result}'\n" in output
 
 
@@ -85,16 +74,16 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
     file, model = tmp_path / "digits.yaml", Path(shutil.copy(exported("step"), tmp_path))
     arguments = "export", model, "--format", "kserve", "--name", "digits-t4", "--storage-uri", URI, "-o", file
     quoted = shlex.quote(str(model))
-    assert f"next: copy {quoted} to {URI}, then kubectl apply -f {shlex.quote(str(file))}" in call(*arguments)
+    assert f"next: copy {quoted} to {URI}, then kubectl apply -f {shlex.quote(str(file))}" in printed(*arguments)
     beside = [tmp_path / f"{model.stem}{ending}" for ending in (".reference.npz", ".exit.json")]
     beside[0].touch()
     write_json(beside[1], {"threshold": 0.9, "criterion": "margin", "min_T": 1, "T": 3, "model_sha256": "another's"})
-    said = call(*arguments)
+    said = printed(*arguments)
     assert f"{beside[1]} holds the threshold of another model" in said
     assert f"next: copy {quoted}, {shlex.quote(str(beside[0]))} to {URI}, then" in said
     write_json(beside[1], json.loads(beside[1].read_text()) | {"model_sha256": sha256_of(model)})
     all_three = ", ".join(shlex.quote(str(path)) for path in (model, *beside))
-    assert f"next: copy {all_three} to {URI}, then" in call(*arguments)
+    assert f"next: copy {all_three} to {URI}, then" in printed(*arguments)
     service = yaml.safe_load(file.read_text())
     assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
     assert service["metadata"]["name"] == "digits-t4"
@@ -122,7 +111,7 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
 
 def test_graphs_of_openvino_are_served_by_it(tmp_path: Path) -> None:
     file, model = tmp_path / "m.yaml", exported("step", target="openvino")
-    output = call("export", model, "--format", "kserve", "--name", "m", "--storage-uri", URI, "-o", file)
+    output = printed("export", model, "--format", "kserve", "--name", "m", "--storage-uri", URI, "-o", file)
     assert "tetdeploy:latest needs the runtime: docker build --build-arg RUNTIME=openvino" in output
     (container,) = yaml.safe_load(file.read_text())["spec"]["predictor"]["containers"]
     assert serve.make_context("serve", container["args"][1:]).params["runtime"] == "openvino"
@@ -133,7 +122,7 @@ def test_graphs_of_openvino_are_served_by_it(tmp_path: Path) -> None:
 def test_a_service_is_called_as_the_folder_of_its_model(folder: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir()
     model = shutil.copy(exported("step"), tmp_path / folder)
-    call("export", model, "--format", "kserve", "--storage-uri", URI)
+    printed("export", model, "--format", "kserve", "--storage-uri", URI)
     service = yaml.safe_load((tmp_path / folder / "kserve.yaml").read_text())
     assert service["metadata"]["name"] == "r19-2"
 
@@ -165,24 +154,22 @@ def test_every_field_is_one_of_a_pods() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (("--format", "kserve"), "--format kserve needs --storage-uri"),
-        (
-            ("--format", "kserve", "--storage-uri", "models/digits"),
-            "'models/digits' is no storage URI",
-        ),
-        (("--format", "kserve", "--storage-uri", URI, "--name", "-x"), "is no name for a service of Kubernetes"),
-        (("--format", "triton-repository", "--name", "a/b"), "'a/b' is no name for a served model"),
-        (("--format", "triton-repository", "--T", 3), "--T: .* is exported already; give the run to export anew"),
-        (("--format", "triton-repository", "--image", "x"), "--image goes with --format kserve"),
-        (("--name", "x"), "--name goes with --format triton-repository or kserve"),
-        (("--format", "nir", "--storage-uri", URI), "--storage-uri goes with --format kserve"),
+        (("--format", "kserve"), 2, "--format kserve needs --storage-uri"),
+        (("--format", "kserve", "--storage-uri", "models/digits"), 1, "'models/digits' is no storage URI"),
+        (("--format", "kserve", "--storage-uri", URI, "--name", "-x"), 1, "is no name for a service of Kubernetes"),
+        (("--format", "triton-repository", "--name", "a/b"), 1, "'a/b' is no name for a served model"),
+        (("--format", "triton-repository", "--T", 3), 2, "--T: .* is exported already; give the run to export anew"),
+        (("--format", "triton-repository", "--image", "x"), 2, "--image goes with --format kserve"),
+        (("--name", "x"), 2, "--name goes with --format triton-repository or kserve"),
+        (("--format", "nir", "--storage-uri", URI), 2, "--storage-uri goes with --format kserve"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options: tuple[object, ...], message: str, tmp_path: Path) -> None:
-    output = refused("export", exported("step"), "-o", tmp_path / "out", *options)
-    assert re.search(message, output), output
+def test_what_does_not_go_together_is_refused(
+    options: tuple[object, ...], code: int, message: str, tmp_path: Path
+) -> None:
+    assert re.search(message, refused("export", exported("step"), "-o", tmp_path / "out", *options, code=code))
     assert not (tmp_path / "out").exists()
 
 
@@ -205,12 +192,12 @@ def test_what_does_not_go_together_is_refused(options: tuple[object, ...], messa
 )
 def test_what_cannot_be_served_is_refused_before_the_export(run: Path, options: tuple[str, ...], message: str) -> None:
     before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
-    assert message in refused("export", run, "--format", *options)
+    assert message in refused("export", run, "--format", *options, code=2 if "--with-state" in options else 1)
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 
 def test_a_graph_that_our_server_does_not_run_becomes_no_service(tmp_path: Path) -> None:
-    call("export", exported("step"), "--format", "triton-repository", "--name", "m", "-o", tmp_path)
+    printed("export", exported("step"), "--format", "triton-repository", "--name", "m", "-o", tmp_path)
     graph = tmp_path / "m-stream" / "1" / "model.onnx"
     assert "is a step graph for Triton" in refused(
         "export", graph, "--format", "kserve", "--storage-uri", URI, "--name", "m"
@@ -229,8 +216,7 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
         ("triton-repository", "old.engine", "there is no .*old.engine.json"),
     ):
         options = ("--storage-uri", URI) if file_format == "kserve" else ()
-        output = refused("export", tmp_path / model, "--format", file_format, *options)
-        assert re.search(message, output), output
+        assert re.search(message, refused("export", tmp_path / model, "--format", file_format, *options))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["foreign.onnx", "old.engine"]
 
 

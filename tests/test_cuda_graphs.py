@@ -14,11 +14,10 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_helpers import refused
 from export_helpers import digits, engine, exported, inputs, pooled
 from gpu_stand_in import BoundSessions, gpu_build
 
-from tetdeploy.cli import main
 from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
 from tetdeploy.runtimes import cuda_graphs
@@ -317,9 +316,8 @@ def test_other_devices_are_refused(device: str, runtime: str) -> None:
 
 
 def test_bench_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = CliRunner().invoke(main, ["bench", str(exported("step")), "--cuda-graphs"])
-    assert refused.exit_code == 1
-    assert refused.output == "Error: cuda_graphs is for ONNX Runtime on device cuda, not onnxruntime on cpu\n"
+    output = refused("bench", exported("step"), "--cuda-graphs")
+    assert output == "Error: cuda_graphs is for ONNX Runtime on device cuda, not onnxruntime on cpu\n"
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU

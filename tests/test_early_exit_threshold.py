@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from command_helpers import invoke, printed, refused
 from export_helpers import digits, engine, exported, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +24,6 @@ from report_helpers import EARLY_EXIT, write
 from report_helpers import result as sweep_result
 from rich.text import Text
 
-from tetdeploy.cli import main
 from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_rule
@@ -380,10 +379,6 @@ def describe(model: Path, **changes: Any) -> None:
     onnx.save(proto, model)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, arguments)])
-
-
 def test_a_rule_of_an_earlier_version_is_no_point_estimate(tmp_path: Path) -> None:
     model = tmp_path / "m.onnx"
     model.write_bytes(b"model")
@@ -394,8 +389,7 @@ def test_a_rule_of_an_earlier_version_is_no_point_estimate(tmp_path: Path) -> No
 
 
 def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_path: Path) -> None:
-    done = run("calibrate", model, "--data", held_out, "--T", T, "--loss", 5, "--json", tmp_path / "copy.json")
-    assert done.exit_code == 0, done.output
+    output = printed("calibrate", model, "--data", held_out, "--T", T, "--loss", 5, "--json", tmp_path / "copy.json")
     content = json.loads(exit_path(model).read_text())
     assert content == json.loads((tmp_path / "copy.json").read_text())
     exit, calibrated_T, _, images_sha256 = load_rule(model)
@@ -406,30 +400,28 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     steps = sum(t * count for t, count in enumerate(content["num_images_by_steps"], start=1))
     assert steps / 120 == pytest.approx(content["mean_T"])
     assert [entry["allowed_loss"] for entry in content["frontier"]] == [0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05]
-    assert "5*" in done.output and f"{content['threshold']:.4f}" in done.output
-    assert "one image is" not in done.output  # 5 % of 120 images are 6
-    assert f"next: tetdeploy early-exit {shlex.quote(str(model))}" in done.output
+    assert "5*" in output and f"{content['threshold']:.4f}" in output
+    assert "one image is" not in output  # 5 % of 120 images are 6
+    assert f"next: tetdeploy early-exit {shlex.quote(str(model))}" in output
 
-    done = run("early-exit", model, "--data", held_out, "--threads", 1)
-    assert done.exit_code == 0, done.output
+    output = printed("early-exit", model, "--data", held_out, "--threads", 1)
     result = json.loads((tmp_path / "m.early-exit.json").read_text())
     assert result["early_exit"]["mean_T"] == pytest.approx(content["mean_T"])
     assert result["early_exit"]["accuracy"] == pytest.approx(content["accuracy"])
-    assert f"{content['mean_T']:.2f}" in done.output and "time of the run" in done.output
-    assert "promises nothing" not in done.output
+    assert f"{content['mean_T']:.2f}" in output and "time of the run" in output
+    assert "promises nothing" not in output
     same = "the threshold was found on these very images"
-    assert same in done.output and result["early_exit"]["calibrated_on"]
+    assert same in output and result["early_exit"]["calibrated_on"]
     options = "--limit", 50, "--batch-size", 16, "--json", tmp_path / "longer.json"
-    done = run("early-exit", model, "--data", held_out, "--T", T + 1, *options)
-    said = " ".join(done.output.split())
-    assert done.exit_code == 0 and f"was found for T={T} and promises nothing against T={T + 1}; for that run" in said
+    said = " ".join(printed("early-exit", model, "--data", held_out, "--T", T + 1, *options).split())
+    assert f"was found for T={T} and promises nothing against T={T + 1}; for that run" in said
     longer = json.loads((tmp_path / "longer.json").read_text())
     assert same not in said and "calibrated_on" not in longer["early_exit"]  # but on more of them
     assert (longer["data"], longer["num_samples"]) == (str(held_out), 50)
     assert [longer["early_exit"][key] for key in ("T", "batch_size")] == [T + 1, 16]
 
-    done = run("report", tmp_path / "m.early-exit.json", "-o", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
-    assert done.exit_code == 0 and "Early exit" in done.output, done.output
+    options = "-o", tmp_path / "r.html", "--markdown", tmp_path / "r.md"
+    assert "Early exit" in printed("report", tmp_path / "m.early-exit.json", *options)
     text = (tmp_path / "r.md").read_text()
     assert f"{exit.criterion} \\> {exit.threshold:.4f}" in text and f"{content['mean_T']:.2f}" in text
     assert "was found on these very images: on others it may lose more" in text
@@ -537,39 +529,36 @@ def test_images_that_the_run_of_init_was_trained_on_are_told(model: Path, tmp_pa
         write_tensors(first, {}, {"format": 1, "data": {"name": "digits"}, "training": {"val_fraction": share}})
         parent["checkpoint_sha256"] = sha256_of(first)
         describe(model, source=source)
-        done = run("calibrate", model, "--T", 2)
-        assert done.exit_code == 0, done.output
-        said = " ".join(done.output.split())
+        said = " ".join(printed("calibrate", model, "--T", 2).split())
         assert told in said if told else "began with" not in said
     first.write_bytes(b"another")
-    assert "began with" not in run("calibrate", model, "--T", 2).output
+    assert "began with" not in printed("calibrate", model, "--T", 2)
 
 
 def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     describe(model, source={"data": {"name": "digits"}, "training": {"val_fraction": 0.1}})
-    done = run("calibrate", model, "--T", 3)
-    assert done.exit_code == 0, done.output
+    output = printed("calibrate", model, "--T", 3)
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"], content["T"]) == ("digits (held out)", 143, 3)
     assert content["confident"] and (content["threshold"], content["mean_T"]) == (1, 3)
-    assert "143 images show no loss below 2.6 points with 95 % confidence" in done.output
-    assert "calibrate on 3,838 or more" in done.output
-    assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0).output  # no number would do
-    done = run("calibrate", model, "--T", 3, "--point-estimate")
-    assert done.exit_code == 0 and not json.loads(exit_path(model).read_text())["confident"]
-    assert "one image is 0.699 points here" in done.output
-    done = run("calibrate", model, "--T", 3, "--point-estimate", "--limit", 1)
-    assert "one image is 100 points here" in done.output
-    done = run("early-exit", model, "--data", "digits", "--limit", 20)
-    assert "The threshold is a point estimate" in " ".join(done.output.split()), done.output
+    assert "143 images show no loss below 2.6 points with 95 % confidence" in output
+    assert "calibrate on 3,838 or more" in output
+    assert "calibrate on" not in printed("calibrate", model, "--T", 3, "--loss", 0)  # no number would do
+    output = printed("calibrate", model, "--T", 3, "--point-estimate")
+    assert not json.loads(exit_path(model).read_text())["confident"]
+    assert "one image is 0.699 points here" in output
+    output = printed("calibrate", model, "--T", 3, "--point-estimate", "--limit", 1)
+    assert "one image is 100 points here" in output
+    output = printed("early-exit", model, "--data", "digits", "--limit", 20)
+    assert "The threshold is a point estimate" in " ".join(output.split())
     document = document_of(read_results([model.with_suffix(".early-exit.json")]))
     assert "The threshold is a point estimate" in str(document)
-    assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0, "--point-estimate").output
-    done = run("calibrate", model, "--T", 3, "--split", "val")  # another word for validation
-    assert done.exit_code == 0 and json.loads(exit_path(model).read_text())["data"] == "digits (held out)"
-    assert "trained on these" not in done.output
-    done = run("calibrate", model, "--split", "train", "--limit", 30, "--criterion", "margin", "--min-T", 2)
-    assert done.exit_code == 0 and "was trained on these images" in " ".join(done.output.split()), done.output
+    assert "calibrate on" not in printed("calibrate", model, "--T", 3, "--loss", 0, "--point-estimate")
+    output = printed("calibrate", model, "--T", 3, "--split", "val")  # another word for validation
+    assert json.loads(exit_path(model).read_text())["data"] == "digits (held out)"
+    assert "trained on these" not in output
+    output = printed("calibrate", model, "--split", "train", "--limit", 30, "--criterion", "margin", "--min-T", 2)
+    assert "was trained on these images" in " ".join(output.split())
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"], content["T"]) == ("digits (trained on)", 30, 8)
     assert content["num_images_by_steps"][0] == 0 and {e["criterion"] for e in content["frontier"]} == {"margin"}
@@ -579,71 +568,65 @@ def no_work(*arguments: Any, **options: Any) -> Any:
     raise AssertionError("it ran the model")
 
 
-@pytest.mark.parametrize(("arguments", "changes", "message"), [
-    ([], {}, "does not say what data it was trained on; name some with --data"),
-    ([], {"source": {"data": {"name": "digits"}}}, "held out no images as .* those it was trained on with --split"),
-    (["--data", "poems"], {"source": {"training": {"val_fraction": 0.1}}}, "unknown data set 'poems'"),
-    (["--data", ""], {"source": {"data": {"name": "digits"}}}, "unknown data set ''; choose"),
-    (["--data", "digits", "--split", "train"], {"class_names": list("abcdefghij")}, "do not match the model's"),
-    (["--data", "digits", "--split", "train", "--min-T", "9"], {}, "min_T must lie within the T=8 steps, got 9"),
-    (["--data", "digits", "--loss", "-1"], {}, "-1.0 is not in the range"),
-    (["--data", "digits", "--split", "val"], {}, "digits is not what was trained on, so nothing is held out"),
-    (["--data", "own.npz", "--split", "train"], {}, "own.npz is one set, of which all images are used: leave out"),
-    (["--split", "test"], {"source": {"data": {"name": "digits"}}}, "the test set of digits is for tetdeploy early"),
+@pytest.mark.parametrize(("arguments", "changes", "code", "message"), [
+    ([], {}, 2, "does not say what data it was trained on; name some with --data"),
+    ([], {"source": {"data": {"name": "digits"}}}, 1, "held out no images as .* those it was trained on with --split"),
+    (["--data", "poems"], {"source": {"training": {"val_fraction": 0.1}}}, 1, "unknown data set 'poems'"),
+    (["--data", ""], {"source": {"data": {"name": "digits"}}}, 1, "unknown data set ''; choose"),
+    (["--data", "digits", "--split", "train"], {"class_names": list("abcdefghij")}, 1, "do not match the model's"),
+    (["--data", "digits", "--split", "train", "--min-T", "9"], {}, 1, "min_T must lie within the T=8 steps, got 9"),
+    (["--data", "digits", "--loss", "-1"], {}, 2, "-1.0 is not in the range"),
+    (["--data", "digits", "--split", "val"], {}, 2, "digits is not what was trained on, so nothing is held out"),
+    (["--data", "own.npz", "--split", "train"], {}, 2, "own.npz is one set, of which all images are used: leave out"),
+    (["--split", "test"], {"source": {"data": {"name": "digits"}}}, 2, "the test set of digits is for tetdeploy early"),
 ])  # fmt: skip
 def test_what_calibrate_refuses_before_any_work(
-    model: Path, arguments: list[str], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, arguments: list[str], changes: dict[str, Any], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "run", no_work)
     describe(model, **changes)
-    done = run("calibrate", model, "--limit", 20, *arguments)
-    assert done.exit_code in (1, 2) and "Traceback" not in done.output
-    assert re.search(message, done.output), done.output
+    assert re.search(message, refused("calibrate", model, "--limit", 20, *arguments, code=code))
     assert not exit_path(model).exists()
 
 
 @pytest.mark.parametrize("command", ["calibrate", "early-exit"])
 def test_other_layouts_are_refused_before_any_work(command: str) -> None:
-    done = run(command, exported("dynamic"), "--data", "digits")
-    assert done.exit_code == 1 and "export with --layout step" in done.output
+    assert "export with --layout step" in refused(command, exported("dynamic"), "--data", "digits")
 
 
 def test_what_early_exit_refuses(model: Path, held_out: Path) -> None:
-    done = run("early-exit", model, "--data", held_out)
-    assert done.exit_code == 1 and "no early-exit threshold at" in done.output and "tetdeploy calibrate" in done.output
-    assert run("calibrate", model, "--data", held_out, "--T", T).exit_code == 0
-    done = run("early-exit", model, "--data", held_out, "--T", 4)
-    assert done.exit_code == 1 and f"was found for T={T} and says nothing of T=4" in done.output
+    output = refused("early-exit", model, "--data", held_out)
+    assert "no early-exit threshold at" in output and "tetdeploy calibrate" in output
+    printed("calibrate", model, "--data", held_out, "--T", T)
+    assert f"was found for T={T} and says nothing of T=4" in refused("early-exit", model, "--data", held_out, "--T", 4)
     describe(model, trained_T=5)
-    done = run("early-exit", model, "--data", held_out)
-    assert done.exit_code == 1 and "holds the threshold of another model" in done.output
+    assert "holds the threshold of another model" in refused("early-exit", model, "--data", held_out)
 
 
 def test_frames_are_calibrated_for_the_steps_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tmp_path / "m.onnx", tmp_path / "frames.npz"
     shutil.copy(exported("step", encoding="frames"), model)
     np.savez(data, images=frames(12, 5), labels=np.arange(12) % 10)
-    done = run("calibrate", model, "--data", data)
-    assert done.exit_code == 0 and load_rule(model)[1] == 4, done.output
+    printed("calibrate", model, "--data", data)
+    assert load_rule(model)[1] == 4
     monkeypatch.setattr(Engine, "run", no_work)
     for command in ("calibrate", "early-exit"):
-        done = run(command, model, "--data", data, "--T", 6)
-        assert done.exit_code == 1 and "T=6 steps need as many frames, got 5" in done.output
+        assert "T=6 steps need as many frames, got 5" in refused(command, model, "--data", data, "--T", 6)
 
 
 @pytest.mark.parametrize("command", ["calibrate", "early-exit", "bench"])
 def test_a_model_of_an_earlier_checkpoint_is_told(command: str, model: Path) -> None:
     describe(model, source={"checkpoint_sha256": "00"})
     (model.parent / "checkpoint.safetensors").touch()
-    said = " ".join(run(command, model, *(["--repeats", "1"] if command == "bench" else [])).output.split())
+    said = " ".join(invoke(command, model, *(["--repeats", 1] if command == "bench" else [])).output.split())
     assert "m.onnx was exported from another checkpoint than" in said
 
 
 def test_data_are_looked_for_where_data_dir_says(model: Path, held_out: Path, tmp_path: Path) -> None:
-    assert run("calibrate", model, "--data", held_out, "--T", 1).exit_code == 0
+    printed("calibrate", model, "--data", held_out, "--T", 1)
     for command in ("calibrate", "early-exit"):
-        done = run(command, model, "--data", "cifar10", "--data-dir", tmp_path / "nowhere")
-        assert done.exit_code == 1 and str(tmp_path / "nowhere") in done.output
+        output = refused(command, model, "--data", "cifar10", "--data-dir", tmp_path / "nowhere")
+        assert str(tmp_path / "nowhere") in output
 
 
 def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> None:
@@ -651,9 +634,8 @@ def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> No
     model = Path(shutil.copy(exported("step"), tmp_path / "[red]" / "m.onnx"))
     commands = ["calibrate", model, "--T", 2], ["early-exit", model], ["sweep", model, "--T", 1], ["validate", model]
     for arguments in commands:
-        done = run(*arguments, "--data", held_out)
-        assert done.exit_code == 0, done.output
-        said, folder = "".join(done.output.split()), "".join(str(model.parent).split())  # tables are folded
+        output = printed(*arguments, "--data", held_out)
+        said, folder = "".join(output.split()), "".join(str(model.parent).split())  # tables are folded
         assert "[red]/m.onnx120imagesof" in said
         if arguments[0] == "calibrate":
             assert said.endswith(f"{folder}/m.exit.jsonnext:tetdeployearly-exit'{folder}/m.onnx'")
@@ -663,9 +645,8 @@ def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> No
 
 def test_a_threshold_that_cannot_be_written_is_named(model: Path, held_out: Path) -> None:
     exit_path(model).mkdir()
-    done = run("calibrate", model, "--data", held_out, "--T", 2)
     said = r"cannot write .*/m\.exit\.json: Is a directory; copy the model to another folder"
-    assert done.exit_code == 1 and re.search(said, done.output), done.output
+    assert re.search(said, refused("calibrate", model, "--data", held_out, "--T", 2))
     assert not list(model.parent.glob(".*.tmp"))
 
 
@@ -674,7 +655,7 @@ def test_an_output_that_cannot_be_written_is_named_before_any_work(
     model: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     if command == "early-exit":
-        assert run("calibrate", model, "--data", held_out, "--T", T).exit_code == 0
+        printed("calibrate", model, "--data", held_out, "--T", T)
     (model.parent / "file").touch()
 
     monkeypatch.setattr(Engine, "run", no_work)
@@ -684,11 +665,11 @@ def test_an_output_that_cannot_be_written_is_named_before_any_work(
         (model.parent / "file" / "a.json", "Not a directory"),
         ("/proc/none/a.json", "No such file"),
     ):
-        done = run(command, model, "--data", held_out, "--json", target)
-        assert done.exit_code == 1 and re.search(f"cannot write {target}: {reason}", done.output), done.output
+        output = refused(command, model, "--data", held_out, "--json", target)
+        assert re.search(f"cannot write {target}: {reason}", output)
     if command == "sweep":
-        done = run(command, model, "--data", held_out, "--plot", model.parent / "file" / "a.png")
-        assert done.exit_code == 1 and "a.png: Not a directory" in done.output
+        output = refused(command, model, "--data", held_out, "--plot", model.parent / "file" / "a.png")
+        assert "a.png: Not a directory" in output
     assert sorted(path.name for path in model.parent.iterdir()) == before
 
 
@@ -698,8 +679,7 @@ def test_a_set_that_was_not_trained_on_is_taken_whole(
     model: Path, training: dict[str, float], split: str | None, count: int
 ) -> None:
     describe(model, source={"data": {"name": "another"}, "training": training})
-    done = run("calibrate", model, "--data", "digits", "--T", 1, *(("--split", split) if split else ()))
-    assert done.exit_code == 0, done.output
+    printed("calibrate", model, "--data", "digits", "--T", 1, *(("--split", split) if split else ()))
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"]) == (f"digits ({split or 'train'} split, of other data)", count)
 
@@ -709,24 +689,23 @@ def test_the_same_set_by_another_name_is_known(model: Path, tmp_path: Path, monk
     save_npz(images, tmp_path / "d.npz")
     describe(model, source={"data": {"name": str(tmp_path / "d.npz")}, "training": {"val_fraction": 0.1}})
     monkeypatch.chdir(tmp_path)
-    assert run("calibrate", model, "--data", "d.npz", "--T", 1).exit_code == 0
+    printed("calibrate", model, "--data", "d.npz", "--T", 1)
     content = json.loads(exit_path(model).read_text())
     held_out = split_validation(images, fraction=0.1)[1]
     assert (content["data"], content["num_samples"]) == ("d.npz (held out)", len(held_out))
     exit_path(model).unlink()
     (tmp_path / "d.npz").unlink()
-    done = run("calibrate", model, "--T", 1)
-    assert f"{tmp_path / 'd.npz'}, which is not there; put it there again, or name other data" in done.output
+    gone = f"{tmp_path / 'd.npz'}, which is not there; put it there again, or name other data"
+    assert gone in refused("calibrate", model, "--T", 1)
     source = {"data": {"name": "d.npz", "fingerprint": held_out.fingerprint}, "training": {"val_fraction": 0.1}}
     describe(model, source=source)
     save_npz(images, tmp_path / "copy.npz")  # as one that lies elsewhere on a serving host
-    assert run("calibrate", model, "--data", "copy.npz", "--T", 1).exit_code == 0
+    printed("calibrate", model, "--data", "copy.npz", "--T", 1)
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"]) == ("copy.npz (held out)", len(held_out))
     exit_path(model).unlink()
     save_npz(images.select(slice(None, None, -1)), tmp_path / "d.npz")
-    done = run("calibrate", model, "--T", 1)
-    assert done.exit_code == 1 and "d.npz: the training held out other images" in done.output
+    assert "d.npz: the training held out other images" in refused("calibrate", model, "--T", 1)
     assert not exit_path(model).exists()
 
 
@@ -744,11 +723,11 @@ def test_a_copy_of_the_folder_that_was_trained_on_is_known(
     held_out = split_validation(load_data(copy, "train", data_dir=tmp_path), fraction=0.1)[1]
     source = {"data": {"name": "folder:gone", "fingerprint": held_out.fingerprint}, "training": {"val_fraction": 0.1}}
     describe(model, source=source)
-    assert run("calibrate", model, "--data", copy, "--T", 1).exit_code == 0
+    printed("calibrate", model, "--data", copy, "--T", 1)
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"]) == (f"{copy} (held out)", len(held_out))
     monkeypatch.setattr("tetdeploy.data.is_copy", lambda *_, **__: pytest.fail("asked for images of the training"))
-    assert run("calibrate", model, "--data", copy, "--split", "test", "--T", 1).exit_code == 0
+    printed("calibrate", model, "--data", copy, "--split", "test", "--T", 1)
 
 
 @pytest.mark.parametrize("command", ["calibrate", "early-exit"])
@@ -756,7 +735,7 @@ def test_ctrl_c_leaves_nothing_behind(
     model: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     if command == "early-exit":
-        assert run("calibrate", model, "--data", held_out, "--T", T).exit_code == 0
+        printed("calibrate", model, "--data", held_out, "--T", T)
     before = sorted(path.name for path in model.parent.iterdir())
     calls: list[int] = []
     engine_run = Engine.run
@@ -768,8 +747,8 @@ def test_ctrl_c_leaves_nothing_behind(
         return engine_run(self, x, *arguments, **options)
 
     monkeypatch.setattr(Engine, "run", interrupted)
-    done = run(command, model, "--data", held_out, "--batch-size", 30)
-    assert done.exit_code == 130 and "interrupted; no file is left half written" in done.output
+    output = printed(command, model, "--data", held_out, "--batch-size", 30, code=130)
+    assert "interrupted; no file is left half written" in output
     assert calls == [30, 30]
     assert sorted(path.name for path in model.parent.iterdir()) == before
 

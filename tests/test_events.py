@@ -21,13 +21,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_helpers import printed, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tetdeploy.checkpoint import load, read_metadata
-from tetdeploy.cli import main
 from tetdeploy.cli.predict import _read_recording
 from tetdeploy.data import (
     FrameSet,
@@ -546,11 +545,8 @@ def test_a_missing_package_is_named_with_its_line(
         shutil.copy(FIXTURES / "dvs128.aedat4", tmp_path / "set" / part / "a")
     monkeypatch.setitem(sys.modules, package, None)
     for name in ("events:set", *(("n-mnist", "dvs-cifar10") if package == "tonic" else ())):
-        result = CliRunner().invoke(main, ["train", "--data", name])
-        assert result.exit_code == 1
-        assert (
-            f"needs the package '{package}', which is not installed: pip install 'tetdeploy[events]'" in result.output
-        )
+        output = refused("train", "--data", name)
+        assert f"needs the package '{package}', which is not installed: pip install 'tetdeploy[events]'" in output
 
 
 def test_npz_recordings_need_numpy_only(tmp_path: Path) -> None:
@@ -898,10 +894,6 @@ def test_flip_and_roll_are_the_same_at_every_step() -> None:
 # ---------------------------------------------------------------- the whole chain
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `train` and two exports ran on frames: T=3, unrolled and step."""
@@ -909,11 +901,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = ["--runs", str(folder / "runs")]
     small = ["--data", "saccades:digits", "--T", "3", "--epochs", "3", "--width", "0.25", "--lr", "1e-2"]
     for arguments in (["train", *small], ["export", "--check", "64"], ["export", "--layout", "step", "--check", "64"]):
-        result = run(*arguments, *runs)
-        assert result.exit_code == 0, result.output
+        output = printed(*arguments, *runs)
         if arguments[0] == "train":
             made = shlex.quote(f"{folder}/runs/saccades-digits-convsnn")
-            assert f"next: tetdeploy export {made} --fold-bn" in result.output
+            assert f"next: tetdeploy export {made} --fold-bn" in output
     return folder / "runs" / "saccades-digits-convsnn"
 
 
@@ -921,18 +912,17 @@ def test_a_model_of_recordings_says_how_they_were_framed_and_predict_frames_alik
     root = event_folder(tmp_path / "set", (60, 100))
     say_sensor(root, 110, 60)
     small = ["--data", f"by-time:events:{root}", "--T", "2", "--epochs", "1", "--width", "0.1", "--batch-size", "2"]
-    assert run("train", *small, "--out", "run").exit_code == 0
+    printed("train", *small, "--out", "run")
     framing = Framing("time", (60, 110))
     assert Framing.of(read_metadata("run")["data"]) == load("run").framing == framing
-    assert run("export", "run", "--check", "2", "-o", "model.onnx").exit_code == 0
+    printed("export", "run", "--check", "2", "-o", "model.onnx")
     for file in ("run", "model.onnx"):
-        assert "of a sensor of 110x60 pixels" in run("inspect", file).output
+        assert "of a sensor of 110x60 pixels" in printed("inspect", file)
 
     one = next(path for path in root.rglob("*.npz") if read_npz(path).sensor is None)
     recording = read_npz(one)
     engine = Engine("model.onnx")
-    result = run("predict", "model.onnx", str(one), "--json", "p.json")
-    assert result.exit_code == 0, result.output
+    printed("predict", "model.onnx", one, "--json", "p.json")
     certainty = json.loads(Path("p.json").read_text())["images"][0]["certainty"]
     logits = engine.run(to_frames(recording, Binning(2, "time"), framing.sensor)[None]).per_step[0]
     np.testing.assert_allclose(certainty, softmax(np.cumsum(logits, 0) / [[1], [2]]), rtol=1e-5)
@@ -955,43 +945,39 @@ def test_a_model_of_recordings_says_how_they_were_framed_and_predict_frames_alik
         (["odd.npz"], "its sensor_size is [16.5, 2.0]; wanted two whole numbers", 1),
         ([str(one), "--resize"], "--resize is for images", 2),
     ):
-        refused = run("predict", "model.onnx", *arguments)
-        assert (refused.exit_code, message in " ".join(refused.output.split())) == (code, True), refused.output
+        assert message in refused("predict", "model.onnx", *arguments, code=code)
 
-    assert run("export", "run", "--T", "1", "--check", "2", "-o", "short.onnx").exit_code == 0
-    assert run("predict", "short.onnx", str(one)).exit_code == 0  # the first of the frames
+    printed("export", "run", "--T", "1", "--check", "2", "-o", "short.onnx")
+    printed("predict", "short.onnx", one)  # the first of the frames
 
     unsaid = event_folder(tmp_path / "unsaid", (60, 100))
-    sweep = run("sweep", "model.onnx", "--data", f"by-time:events:{unsaid}", "--json", "s.json")
-    assert sweep.exit_code == 0, sweep.output
+    printed("sweep", "model.onnx", "--data", f"by-time:events:{unsaid}", "--json", "s.json")
     swept = json.loads(Path("s.json").read_text())
     alike = load_data(f"by-time:events:{unsaid}", "test", data_dir=NOWHERE, T=2, trained=framing)
     assert swept["images_sha256"] == images_sha256(alike.x, alike.labels)
     for command in (["sweep", "model.onnx"], ["evaluate", "run"], ["export", "run", "--check", "2"]):
         with pytest.warns(RuntimeWarning, match="was trained on frames of equal time"):
-            assert run(*command, "--data", f"events:{root}").exit_code == 0
+            printed(*command, "--data", f"events:{root}")
 
 
 def test_predict_refuses_recordings_where_the_model_does_not_say_how_they_were_framed() -> None:
     frames = load_data("saccades:digits", "train", data_dir=NOWHERE, T=3)
     save_npz(frames, "frames.npz")
     small = ["--data", "frames.npz", "--T", "3", "--epochs", "1", "--width", "0.1", "--out", "run"]
-    assert run("train", *small).exit_code == 0 and run("export", "run", "--check", "2", "-o", "m.onnx").exit_code == 0
-    result = run("predict", "m.onnx", "a.npz")
-    assert result.exit_code == 1 and "m.onnx does not say how recordings became the frames" in result.output
+    printed("train", *small)
+    printed("export", "run", "--check", "2", "-o", "m.onnx")
+    assert "m.onnx does not say how recordings became the frames" in refused("predict", "m.onnx", "a.npz")
 
 
 def test_frames_are_trained_exported_and_swept(trained: Path, tmp_path: Path) -> None:
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val_accuracy"] > 0.4  # ten classes
-    result = run("sweep", str(trained / "model-T3.onnx"), "--json", str(tmp_path / "sweep.json"))
-    assert result.exit_code == 0, result.output
+    printed("sweep", trained / "model-T3.onnx", "--json", tmp_path / "sweep.json")
     swept = json.loads((tmp_path / "sweep.json").read_text())
     assert (swept["data"], swept["num_samples"]) == ("saccades:digits", 359)
     assert [row["T"] for row in swept["rows"]] == [1, 2, 3]
     assert swept["rows"][-1]["accuracy"] > 0.4
-    result = run("sweep", str(trained / "model-step.onnx"), "--limit", "20")
-    assert result.exit_code == 0, result.output
+    printed("sweep", trained / "model-step.onnx", "--limit", "20")
 
 
 def test_frames_are_streamed(trained: Path) -> None:
@@ -1021,10 +1007,7 @@ def test_what_does_not_fit_frames_is_refused(trained: Path) -> None:
         (("sweep", str(trained / "model-T3.onnx"), "--data", "digits"), "takes input of shape [N, T, 2, 8, 8]"),
         (("train", "--data", "saccades:digits", "--T", "40"), "moves in 30 steps, too few for T=40"),
     ]:
-        result = run(*arguments)
-        assert result.exit_code == 1, result.output
-        assert message in result.output
-        assert "Traceback" not in result.output
+        assert message in refused(*arguments)
 
 
 def test_a_teacher_without_time_sees_recordings_whole(tmp_path: Path) -> None:
@@ -1045,23 +1028,21 @@ def test_recordings_have_the_sensor_of_a_teacher_or_a_warning_says_that_it_is_an
     say_sensor(said, 110, 60)
     small = ["--epochs", "1", "--width", "0.1", "--batch-size", "2"]
     taught = ["train", *small, "--distill", "ann", "--T", "2", "--data"]
-    assert run("train", *small, "--ann", "--data", f"events:{said}", "--out", "ann").exit_code == 0
+    printed("train", *small, "--ann", "--data", f"events:{said}", "--out", "ann")
     for name, framing in ((f"events:{unsaid}", Framing("count", (60, 110))), (f"by-time:events:{said}", None)):
-        result = run(*taught, name, "--out", "run")  # alike when seen whole; a warning would be an error
-        assert result.exit_code == 0, result.output
+        printed(*taught, name, "--out", "run")  # alike when seen whole; a warning would be an error
         assert framing in (None, load("run").framing)
         shutil.rmtree("run")
     say_sensor(unsaid, 120, 60)
     other = "of a sensor of 120x60 pixels .*; the teacher ann was trained on .* 110x60"
     with pytest.warns(RuntimeWarning, match=other):
-        assert run(*taught, f"events:{unsaid}", "--out", "run").exit_code == 0
-    assert run("train", *small, "--T", "2", "--data", f"events:{unsaid}", "--out", "first").exit_code == 0
+        printed(*taught, f"events:{unsaid}", "--out", "run")
+    printed("train", *small, "--T", "2", "--data", f"events:{unsaid}", "--out", "first")
     shutil.rmtree(unsaid)
     event_folder(unsaid, (60, 100))  # without a word again
     with pytest.warns(RuntimeWarning, match=other):  # what the run begins with goes before the teacher
-        assert run(*taught, f"events:{unsaid}", "--init", "first", "--out", "second").exit_code == 0
-    refused = run("train", *small, "--distill", "nothing")
-    assert refused.exit_code == 1 and "--distill: nothing does not exist" in refused.output
+        printed(*taught, f"events:{unsaid}", "--init", "first", "--out", "second")
+    assert "--distill: nothing does not exist" in refused("train", *small, "--distill", "nothing")
 
 
 def test_a_teacher_without_time_sees_255_events_a_pixel_at_most() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_helpers import in_this_process
+from command_helpers import printed
 
 from tetdeploy.export import preflight
 
@@ -34,7 +34,7 @@ def test_own_training_loop_learns_the_digits_and_ends_with_what_is_exported(
     monkeypatch.syspath_prepend(EXAMPLES)
     text = (EXAMPLES / "own_training_loop.py").read_text(encoding="utf-8")
     for line in re.findall(r"^    tetdeploy (.*)$", text, re.MULTILINE):
-        in_this_process(*shlex.split(line))
+        printed(*shlex.split(line))
     sweep = json.loads((tmp_path / "runs" / "own-loop" / "model-T6.sweep.json").read_text(encoding="utf-8"))
     assert sweep["trained_T"] == 2
     assert [100 * row["accuracy"] for row in sweep["rows"]] == pytest.approx([*accuracies.values()], abs=0.5)
@@ -52,7 +52,7 @@ def by_script(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("model", "train_by", "folded", "steps"),
     [("own_network:my_network", by_script, "folded 4 BN | 4 neuron layers", 6),
-     ("spikformer:spikformer_2_64", in_this_process, "folded 17 BN | 19 neuron layers", 8)],
+     ("spikformer:spikformer_2_64", printed, "folded 17 BN | 19 neuron layers", 8)],
 )  # fmt: skip
 def test_own_networks_go_the_whole_path_by_the_commands_in_their_text(
     model: str,
@@ -74,10 +74,10 @@ def test_own_networks_go_the_whole_path_by_the_commands_in_their_text(
     assert [train[0], export[0], sweep[0]] == ["train", "export", "sweep"]
     assert f"--model {model}" in train_by(*train, "--epochs", "2", "--T", "2").splitlines()[-1]
     sys.modules.pop(name, None)  # the export imports it by itself
-    said = in_this_process(*export, "--check", "64")
+    said = printed(*export, "--check", "64")
     assert folded in said and "will not be counted" not in said
     del sys.modules[name]
-    in_this_process(*sweep, "--limit", "64")
+    printed(*sweep, "--limit", "64")
     assert name not in sys.modules  # an exported model needs no code
     (written,) = {file.resolve() for file in tmp_path.glob("runs/*/*.sweep.json")}  # runs/latest has it, too
     rows = json.loads(written.read_text(encoding="utf-8"))["rows"]

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
+from command_helpers import printed, refused
 from run_helpers import Bomb
 from torch import Tensor
 
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.cli import main
 from tetdeploy.foreign import ARCHITECTURES, import_checkpoint, import_to_checkpoint, output_file, their_names
 
 ENTRIES = {
@@ -240,13 +239,10 @@ def test_a_checkpoint_has_the_size_of_its_data(
 def test_later_commands_ask_for_frames_as_the_authors_made_them(file: Path, tmp_path: Path) -> None:
     torch.save(flat_state("vggsnn-strided"), file)
     out = str(tmp_path / "vgg.safetensors")
-    done = CliRunner().invoke(main, ["import", str(file), "--arch", "vggsnn-strided", "-o", out])
-    assert done.exit_code == 0 and "so the checkpoint names no data" in " ".join(done.output.split())
-    assert "--T 6 --fold-bn --data FRAMES.npz" in " ".join(done.output.split())
+    said = " ".join(printed("import", file, "--arch", "vggsnn-strided", "-o", out).split())
+    assert "so the checkpoint names no data" in said and "--T 6 --fold-bn --data FRAMES.npz" in said
     for command in (["export", out], ["evaluate", out], ["landscape", out], ["train", "--qat", "--init", out]):
-        result = CliRunner().invoke(main, command)
-        said = " ".join(result.output.split())
-        assert result.exit_code == 1 and "does not say what data it was trained on; name some with --data" in said
+        assert "does not say what data it was trained on; name some with --data" in refused(*command)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_helpers import printed, refused
 from torch import nn
 
 from tetdeploy.cli.options import Numbers
@@ -335,9 +335,8 @@ def test_a_smoke_run_of_the_training_step(module: Any, tmp_path: Path, monkeypat
     tiny += ["--model", "convsnn"]
     sides = ["--side", "loop", "--side", "tetdeploy", "--threads", "1"]
     result = tmp_path / "step.json"
-    done = CliRunner().invoke(training.main, [*tiny, *sides, "--json", str(result)])
-    assert done.exit_code == 0, done.output
-    assert "plain loop / ours: " in done.output and "wanted" not in done.output  # that is of a card
+    output = printed(*tiny, *sides, "--json", result, command=training.main)
+    assert "plain loop / ours: " in output and "wanted" not in output  # that is of a card
     found = json.loads(result.read_text())
     assert found["sides"]["tetdeploy"]["profile_ms"]["convolutions"] > 0
     assert found["sides"]["tetdeploy"]["first_gradient"] == pytest.approx(
@@ -357,8 +356,7 @@ def test_a_smoke_run_of_the_loader(module: Any, tmp_path: Path, monkeypatch: pyt
     tiny = ["--workers", "0", "--steps", "1", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
     tiny += ["--width", "0.03125"]
     result = tmp_path / "loader.json"
-    done = CliRunner().invoke(loader.main, [*tiny, "--data-dir", str(tmp_path), "--json", str(result)])
-    assert done.exit_code == 0, done.output
+    printed(*tiny, "--data-dir", tmp_path, "--json", result, command=loader.main)
     rows = json.loads(result.read_text())["rows"]
     assert [row["network"] for row in rows] == ["convsnn x1", "spiking-resnet34 x0.03125"]
     assert all(row["loader_images_per_s"] > 0 < row["step_images_per_s"] for row in rows)
@@ -372,15 +370,13 @@ def test_a_smoke_run_of_the_loader(module: Any, tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_what_would_come_to_nothing_is_refused(options: list[str], message: str, module: Any) -> None:
-    refused = CliRunner().invoke(module("gpu_inference").main, [*options, "--device", "cpu"])
-    assert refused.exit_code == 2 and message in refused.output
+    assert message in refused(*options, "--device", "cpu", code=2, command=module("gpu_inference").main)
 
 
 @pytest.mark.parametrize("name", ["training_step", "gpu_inference"])
 def test_without_a_gpu_there_is_one_line(name: str, module: Any) -> None:
-    refused = CliRunner().invoke(module(name).main, ["--device", "cuda:99"])
-    assert refused.exit_code == 1
-    assert refused.output.startswith("Error: device cuda:99 is not there") and len(refused.output.splitlines()) == 1
+    output = refused("--device", "cuda:99", command=module(name).main)
+    assert output.startswith("Error: device cuda:99 is not there") and len(output.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -396,15 +392,15 @@ def test_numbers_that_make_no_sense_are_refused_at_once(file: str, module: Any) 
     assert options
     for option in options:
         assert isinstance(option.type, ranges), option.name  # or it would be measured with 0
-        refused = CliRunner().invoke(main, [option.opts[0], "-1" if option.name == "workers" else "0"])
-        assert refused.exit_code == 2 and re.search("is not in the range|must be at least", refused.output), option.name
+        output = refused(option.opts[0], -1 if option.name == "workers" else 0, code=2, command=main)
+        assert re.search("is not in the range|must be at least", output), option.name
         if isinstance(option.type, Numbers):
-            assert CliRunner().invoke(main, [option.opts[0], "1,x"]).exit_code == 2
+            refused(option.opts[0], "1,x", code=2, command=main)
 
 
 def test_a_model_that_no_side_could_build_is_one_line(module: Any) -> None:
-    refused = CliRunner().invoke(module("training_step").main, ["--device", "cpu", "--model", "nope"])
-    assert refused.exit_code == 1 and refused.output.startswith("Error: unknown model 'nope'; choose one of ")
+    output = refused("--device", "cpu", "--model", "nope", command=module("training_step").main)
+    assert output.startswith("Error: unknown model 'nope'; choose one of ")
 
 
 @pytest.mark.parametrize("command", ["half", "inference", "serve_load --convsnn", "gpu_inference --device cpu"])
@@ -413,9 +409,8 @@ def test_without_images_there_is_one_line(command: str, module: Any, tmp_path: P
     name, *options = command.split()
     if name == "serve_load":
         pytest.importorskip("prometheus_client", reason="needs tetdeploy[serve]")
-    refused = CliRunner().invoke(module(name).main, [*options, "--data-dir", str(tmp_path / "file")])
-    assert refused.exit_code == 2
-    assert len(refused.output.splitlines()) == 1 and "name a folder with --data-dir" in refused.output
+    output = refused(*options, "--data-dir", tmp_path / "file", code=2, command=module(name).main)
+    assert len(output.splitlines()) == 1 and "name a folder with --data-dir" in output
 
 
 def test_an_error_is_one_line(tmp_path: Path) -> None:

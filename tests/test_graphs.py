@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_helpers import refused
 from run_helpers import toy_images
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tetdeploy.cli import main
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import How, TrainConfig, loop, train
 from tetdeploy.train.config import PRECISIONS
@@ -72,10 +71,9 @@ def test_what_has_no_graph_is_refused(
 
 def test_the_command_refuses_graphs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["train", "--cuda-graphs", "--device", "cpu"])
-    assert result.exit_code == 1 and "Error: no CUDA graph of this training step: the run is on cpu" in result.output
-    result = CliRunner().invoke(main, ["train", "--cuda-graphs", "--recompute"])
-    assert result.exit_code == 1 and "--recompute does not go with --cuda-graphs" in result.output
+    output = refused("train", "--cuda-graphs", "--device", "cpu")
+    assert "Error: no CUDA graph of this training step: the run is on cpu" in output
+    assert "--recompute does not go with --cuda-graphs" in refused("train", "--cuda-graphs", "--recompute")
 
 
 @dataclass(frozen=True)

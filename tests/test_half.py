@@ -14,11 +14,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from click.testing import CliRunner
+from command_helpers import printed
 from export_helpers import classifier, convsnn, digits, frames, shared_traces
 from torch import Tensor, nn
 
-from tetdeploy.cli import main
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, Exported, export_model, half
 from tetdeploy.export.half import HalfError, HalfNetwork, halve, placed_layers
@@ -109,12 +108,11 @@ def test_the_command_says_what_is_kept(tmp_path: Path) -> None:
     run, written = tmp_path / "run", tmp_path / "exported.json"
     export = ["export", str(run), "--precision", "fp16", "--target", "cuda", "--check", "64", "--json", str(written)]
     for arguments in (["train", "--width", "0.25", "--T", "2", "--epochs", "1", "--out", str(run)], export):
-        result = CliRunner().invoke(main, [*arguments, "--runs", str(tmp_path)])
-        assert result.exit_code == 0, result.output
+        output = printed(*arguments, "--runs", tmp_path)
     kept = json.loads(written.read_text())["fp16"]["kept"]
     assert kept["num_images"] == 64 and len(kept["agreement"]) == 2
-    assert "fp16 on the 64 checked images\n" in result.output
-    shown = [line.split() for line in result.output.splitlines()]
+    assert "fp16 on the 64 checked images\n" in output
+    shown = [line.split() for line in output.splitlines()]
     for k, T in enumerate(kept["T"]):
         found = (kept[name][k] for name in ("agreement", "accuracy_fp16", "accuracy_fp32"))
         assert [str(T), *(f"{share:.2%}" for share in found)] in shown

@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_helpers import printed, refused
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import tetdeploy
-from tetdeploy.cli import main
 from tetdeploy.cli.evaluate import _batches
 from tetdeploy.cli.inputs import as_model_input
 from tetdeploy.data import ImageFiles, image_files, load_data, split_validation
@@ -395,10 +394,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(imagenet: Path, tmp_path: Pa
         assert [first[key] == second[key] for key in first if key not in ("seconds", "images_per_s")].count(False) == 0
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
-
-
 @pytest.fixture(scope="module")
 def trained_folder(imagenet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs/r and its model-T2.onnx, trained on imagenet@16."""
@@ -412,8 +407,7 @@ def trained_folder(imagenet: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             ("train", "--data", "imagenet@16", *crops, *small, "--out", "runs/r"),
             ("export", "runs/r", "--check", "20"),
         ):
-            result = run(*command)
-            assert result.exit_code == 0, result.output
+            printed(*command)
     return folder
 
 
@@ -427,8 +421,7 @@ def test_sweep_validate_and_landscape(imagenet: Path, trained_folder: Path, monk
         ("landscape", "runs/r", "--points", "3", "--limit", "4", "--split", "train"),
     )
     for command in commands:
-        result = run(*command)
-        assert result.exit_code == 0, result.output
+        printed(*command)
     sweep, few = (json.loads(Path(name).read_text()) for name in ("sweep.json", "few.json"))
     assert (sweep["num_samples"], few["num_samples"], sweep["data"]) == (12, 7, "imagenet@16")
     test = files_of(imagenet, "test")
@@ -452,8 +445,7 @@ def test_predict_reads_files_as_the_set_does(
     model, written = str(trained_folder / "runs/r/model-T2.onnx"), tmp_path / "p.json"
     taken, whole_run = [], tetdeploy.Engine.run
     monkeypatch.setattr(tetdeploy.Engine, "run", lambda self, x, T=None: taken.append(x) or whole_run(self, x, T))
-    result = run("predict", model, *paths, *options, "--json", str(written))
-    assert result.exit_code == 0, result.output
+    printed("predict", model, *paths, *options, "--json", written)
     np.testing.assert_array_equal(taken[0], data.x[:])
     got = [image["certainty"] for image in json.loads(written.read_text())["images"]]
     per_step = whole_run(tetdeploy.Engine(model), data.x[:]).per_step
@@ -461,18 +453,13 @@ def test_predict_reads_files_as_the_set_does(
 
 
 def test_predict_names_what_it_cannot_crop(trained_folder: Path, tmp_path: Path) -> None:
-    model, path = str(trained_folder / "runs/r/model-T2.onnx"), tmp_path / "a.png"
-
-    def refused() -> str:
-        result = run("predict", model, str(path))
-        assert result.exit_code == 1 and "Traceback" not in result.output, result.output
-        return " ".join(result.output.split())
-
-    assert f"no image at {path}" in refused()
+    path = tmp_path / "a.png"
+    call = ("predict", trained_folder / "runs/r/model-T2.onnx", path)
+    assert f"no image at {path}" in refused(*call)
     Image.new("1", (1, 10**6)).save(path)
-    assert f"cannot read {path} (of 1 x 1000000 pixels it is too long and narrow to be cropped); give" in refused()
+    assert f"cannot read {path} (of 1 x 1000000 pixels it is too long and narrow to be cropped); give" in refused(*call)
     path.write_bytes(b"?")
-    assert f"cannot read {path} (1 bytes that are no png" in refused()
+    assert f"cannot read {path} (1 bytes that are no png" in refused(*call)
 
 
 def test_a_model_that_does_not_normalise_gets_it_done_batch_by_batch(imagenet: Path) -> None:
@@ -493,12 +480,8 @@ def accuracy(run_folder: Path, x: NDArray[np.uint8], labels: NDArray[np.int64]) 
 
 
 def test_augmentations_that_do_not_go_with_the_data(imagenet: Path) -> None:
-    def refused(*arguments: str) -> str:
-        result = run("train", *arguments, "--data-dir", str(imagenet), "--runs", str(imagenet / "runs"))
-        assert result.exit_code == 1 and "Traceback" not in result.output, result.output
-        return " ".join(result.output.split())
-
+    call = ("train", "--data-dir", imagenet, "--runs", imagenet / "runs")
     named = "is cropped as it is read from disk: choose augment none or resized-crop and cutout 0, got"
-    assert f"imagenet@16 {named} augment crop-flip" in refused("--data", "imagenet@16", "--augment", "crop-flip")
-    assert f"{named} augment none and cutout 4" in refused("--data", "imagenet@16", "--cutout", "4")
-    assert "for digits choose another augment" in refused("--augment", "resized-crop")
+    assert f"imagenet@16 {named} augment crop-flip" in refused(*call, "--data", "imagenet@16", "--augment", "crop-flip")
+    assert f"{named} augment none and cutout 4" in refused(*call, "--data", "imagenet@16", "--cutout", "4")
+    assert "for digits choose another augment" in refused(*call, "--augment", "resized-crop")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import command_helpers
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from click.testing import CliRunner
 from export_helpers import (
     classifier,
     convsnn,
@@ -37,7 +37,6 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tetdeploy import Engine, tracing
-from tetdeploy.cli import main
 from tetdeploy.cli.export import print_exported
 from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.onnx_tracer import OnnxTracer
@@ -1049,14 +1048,13 @@ def test_a_temporary_folder_that_is_full_is_named(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("file_format", ["onnx", "triton-repository"])
 def test_T_of_a_graph_that_has_none_is_warned_of(layout: str, runs: str, file_format: str) -> None:
     with pytest.warns(RuntimeWarning, match=f"--T has no effect with --layout {layout}, whose graph runs {runs}"):
-        CliRunner().invoke(main, ["export", "absent", "--layout", layout, "--T", "3", "--format", file_format])
+        command_helpers.refused("export", "absent", "--layout", layout, "--T", "3", "--format", file_format)
 
 
 def test_calibrate_goes_with_int8() -> None:
-    refused = CliRunner().invoke(main, ["export", "--calibrate", "64"])
-    assert refused.exit_code == 2 and "--calibrate goes with --precision int8" in refused.output
-    refused = CliRunner().invoke(main, ["export", "--precision", "int8", "--calibrate", str(MIN_IMAGES - 1)])
-    assert refused.exit_code == 2 and f"{MIN_IMAGES - 1} is not in the range x>={MIN_IMAGES}" in refused.output
+    assert "--calibrate goes with --precision int8" in command_helpers.refused("export", "--calibrate", "64", code=2)
+    output = command_helpers.refused("export", "--precision", "int8", "--calibrate", MIN_IMAGES - 1, code=2)
+    assert f"{MIN_IMAGES - 1} is not in the range x>={MIN_IMAGES}" in output
 
 
 def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_helpers import printed
 from export_helpers import convsnn, digits, exported
 from report_helpers import run_folder
 
 from tetdeploy.checkpoint import save_checkpoint
-from tetdeploy.cli import main
 from tetdeploy.networks import Classifier, NetworkConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "json.md").read_text(encoding="utf-8")
@@ -83,8 +82,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         ("early-exit", step, "--data", own),
         ("evaluate", str(folder / "run"), str(folder / "seeds"), "--T", "1", "--limit", "9"),
     ):
-        done = CliRunner().invoke(main, [command, *arguments, "--json", str(folder / "written.json")])
-        assert done.exit_code == 0, done.output
+        printed(command, *arguments, "--json", folder / "written.json")
         written.setdefault(command, []).append(json.loads((folder / "written.json").read_text()))
     return written
 

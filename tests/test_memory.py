@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_helpers import invoke, printed, refused
 
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.networks import NetworkConfig, build_network
@@ -74,7 +74,7 @@ def test_a_case_that_lacks_memory_has_no_numbers_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory, file = script(), tmp_path / "m.json"
-    told = CliRunner().invoke(CleanErrors("m", callback=Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))))
+    told = invoke(command=CleanErrors("m", callback=Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))))
 
     def ended(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         case = json.loads(command[-1])
@@ -86,7 +86,7 @@ def test_a_case_that_lacks_memory_has_no_numbers_and_the_others_go_on(
         return subprocess.CompletedProcess(command, 0, json.dumps(numbers), "")
 
     monkeypatch.setattr(memory.subprocess, "run", ended)
-    done = CliRunner().invoke(memory.main, ["--T", "1,2,4", "--json", str(file)])
+    done = invoke("--T", "1,2,4", "--json", file, command=memory.main)
     assert done.exit_code == 0, done.output
     last = next(line for line in done.stdout.splitlines() if line.split()[:1] == ["4"])
     assert last.split() == ["4", "400", "0.500", "400", "0.500", *["no", "memory"] * 2]
@@ -94,7 +94,7 @@ def test_a_case_that_lacks_memory_has_no_numbers_and_the_others_go_on(
     *_, first, second = json.loads(file.read_text())["rows"]
     assert first["lacks_memory"].startswith("the memory does not suffice (CUDA out of memory)")
     assert (second["peak_mb"], second["lacks_memory"]) == (None, "its process ended with -9")
-    none = CliRunner().invoke(memory.main, ["--T", "4"])
+    none = invoke("--T", "4", command=memory.main)
     assert none.exit_code == 0 and "at every T a case lacks memory: nothing to compare" in none.stdout
 
 
@@ -104,18 +104,16 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(
     memory = script()
     monkeypatch.setattr(memory, "in_own_process", lambda case: pytest.fail("measured"))
     (tmp_path / "m.json").write_text("else")
-    refused = CliRunner().invoke(memory.main, ["--json", str(tmp_path / "m.json")])
-    assert refused.exit_code == 1
-    assert "m.json: it is there, and something else; choose another with --json" in refused.output
+    output = refused("--json", tmp_path / "m.json", command=memory.main)
+    assert "m.json: it is there, and something else; choose another with --json" in output
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError])
 def test_an_end_is_one_line(interrupt: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     memory = script()
     monkeypatch.setattr(memory, "in_own_process", Mock(side_effect=interrupt))
-    ended = CliRunner().invoke(memory.main)
-    assert ended.exit_code == (130 if interrupt is KeyboardInterrupt else 1)
-    assert len(ended.output.splitlines()) == 1
+    output = printed(code=130 if interrupt is KeyboardInterrupt else 1, command=memory.main)
+    assert len(output.splitlines()) == 1
 
 
 def test_nothing_is_divided_by_memory_too_little_to_measure() -> None:

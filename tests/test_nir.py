@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_helpers import invoke, printed, refused
 from export_helpers import digits
 from run_helpers import small_files
 from torch import Tensor, nn
 from zoo_helpers import classifier_of
 
-from tetdeploy.cli import main
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.export.margins import margins
 from tetdeploy.export.nir_format import DT, export_nir, nir_graph
@@ -675,18 +674,14 @@ def test_a_membrane_of_the_network_s_own() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nir-runs")
-    arguments = ["train", "--epochs", "1", "--model", "vggsnn-strided", "--width", "0.0625", "--runs", str(folder)]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
+    printed("train", "--epochs", "1", "--model", "vggsnn-strided", "--width", "0.0625", "--runs", folder)
     return folder
 
 
 def test_export_writes_the_newest_run(runs: Path, tmp_path: Path) -> None:
     file, summary = tmp_path / "out.nir", tmp_path / "out.json"
-    arguments = ["export", "--format", "nir", "--runs", str(runs), "-o", str(file), "--json", str(summary)]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    assert "folded 8 BN | 8 Conv2d, 8 LIF, 1 Flatten, 1 Affine" in result.output
+    output = printed("export", "--format", "nir", "--runs", runs, "-o", file, "--json", summary)
+    assert "folded 8 BN | 8 Conv2d, 8 LIF, 1 Flatten, 1 Affine" in output
     graph = nir.read(file)
     assert Counter(type(node).__name__ for node in graph.nodes.values()) == json.loads(summary.read_text())["nodes"]
     source = json.loads(graph.metadata["tetdeploy"])["source"]
@@ -695,8 +690,7 @@ def test_export_writes_the_newest_run(runs: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with small_files(4096):
-        arguments = ["export", "--format", "nir", "--runs", str(runs), "-o", str(tmp_path / "m.nir")]
-        result = CliRunner().invoke(main, arguments)
+        result = invoke("export", "--format", "nir", "--runs", runs, "-o", tmp_path / "m.nir")
     assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / 'm.nir'}: File too large\n")
     assert capfd.readouterr().err == ""  # nor does HDF5 say anything
     assert list(tmp_path.iterdir()) == []
@@ -706,24 +700,21 @@ def test_a_full_disk_is_one_line(runs: Path, tmp_path: Path, capfd: pytest.Captu
     "options", [("--T", "4"), ("--layout", "step"), ("--with-state",), ("--no-normalize",), ("--check", "9")]
 )
 def test_options_of_onnx_are_refused(options: tuple[str, ...], runs: Path) -> None:
-    result = CliRunner().invoke(main, ["export", "--format", "nir", "--runs", str(runs), *options])
-    assert result.exit_code == 2
-    assert "cannot go with --format nir" in result.output and options[0].removeprefix("--no-") in result.output
-    both = CliRunner().invoke(main, ["export", "--format", "nir", "--runs", str(runs), "--no-fold-bn"])
-    assert both.exit_code == 2 and "--no-fold-bn" in both.output
+    output = refused("export", "--format", "nir", "--runs", runs, *options, code=2)
+    assert "cannot go with --format nir" in output and options[0].removeprefix("--no-") in output
+    assert "--no-fold-bn" in refused("export", "--format", "nir", "--runs", runs, "--no-fold-bn", code=2)
 
 
 def test_without_the_package(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "nir", None)
-    result = CliRunner().invoke(main, ["export", "--format", "nir", "--runs", str(runs)])
-    assert result.exit_code == 1 and "pip install 'tetdeploy[nir]'" in result.output
+    assert "pip install 'tetdeploy[nir]'" in refused("export", "--format", "nir", "--runs", runs)
 
 
 def test_a_package_that_is_too_old(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nir, "version", "1.0.4")  # what sinabs asks for
     monkeypatch.delitem(nir.LIF.__dataclass_fields__, "v_reset")
-    result = CliRunner().invoke(main, ["export", "--format", "nir", "--runs", str(runs), "-o", str(tmp_path / "m.nir")])
+    result = invoke("export", "--format", "nir", "--runs", runs, "-o", tmp_path / "m.nir")
     wanted = "Error: nir 1.0.4 is too old, its neurons have no v_reset: pip install -U nir\n"
     assert (result.exit_code, result.stderr, list(tmp_path.iterdir())) == (1, wanted, [])

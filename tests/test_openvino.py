@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from click.testing import CliRunner
+from command_helpers import printed
 from export_helpers import (
     classifier,
     computed,
@@ -32,7 +32,6 @@ from PIL import Image
 from serve_helpers import needs_serve, start, stop
 from torch import Tensor, nn
 
-from tetdeploy.cli import main
 from tetdeploy.cli.export import print_exported
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.export import ExportConfig, Exported, Parity, ParityError, export_model, gate, openvino
@@ -379,30 +378,24 @@ def test_without_openvino_the_export_says_that_it_was_not_run(
 # --- commands ----------------------------------------------------------------------------------------------------
 
 
-def run(*arguments: str | Path) -> str:
-    done = CliRunner().invoke(main, [*map(str, arguments), "--runtime", "openvino"])
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
 def test_every_command_that_opens_an_engine(tmp_path: Path) -> None:
     model = tmp_path / "m.onnx"
     config = ExportConfig(T=3, trained_T=3)
     with shared_traces():
         export_model(convsnn(), model, config, digits().images[:40], labels=digits().labels[:40], num_check=40)
     files = {name: tmp_path / f"{name}.json" for name in ("sweep", "validate", "bench")}
-    limited = ("--data", "digits", "--limit", "50", "--threads", "1")
-    run("sweep", model, *limited, "--json", files["sweep"])
-    run("validate", model, *limited, "--json", files["validate"], "--fail-under", "agreement=0.99")
-    run("bench", model, "--repeats", "2", "--threads", "1", "--json", files["bench"])
+    openvino = ("--runtime", "openvino", "--threads", "1")
+    limited = ("--data", "digits", "--limit", "50", *openvino)
+    printed("sweep", model, *limited, "--json", files["sweep"])
+    printed("validate", model, *limited, "--json", files["validate"], "--fail-under", "agreement=0.99")
+    printed("bench", model, "--repeats", "2", *openvino, "--json", files["bench"])
     for file in files.values():
         result = json.loads(file.read_text())
         assert result["runtime"] == "openvino" and "openvino" in result["versions"]
     assert json.loads(files["bench"].read_text())["machine"]["provider"] == "OpenVINO"
-    reported = CliRunner().invoke(main, ["report", *map(str, files.values()), "--out", str(tmp_path / "r.html")])
-    assert reported.exit_code == 0, reported.output
+    printed("report", *files.values(), "--out", tmp_path / "r.html")
     Image.fromarray(digits().images[0, 0]).save(tmp_path / "digit.png")
-    assert "T=3" in run("predict", model, tmp_path / "digit.png")
+    assert "T=3" in printed("predict", model, tmp_path / "digit.png", *openvino)
 
 
 def test_ctrl_c_after_several_engines_are_gone_is_an_interrupt(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from click.testing import CliRunner
+from command_helpers import printed, refused
 
 from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.report.reading import result_files
@@ -214,8 +214,7 @@ def stub(paper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Stub:
 
 
 def run(paper: ModuleType, *words: str) -> None:
-    result = CliRunner().invoke(paper.main, [*words, "--data-dir", "data"])
-    assert result.exit_code == 0, (result.output, result.exception)
+    printed(*words, "--data-dir", "data", command=paper.main)
 
 
 def test_a_table_has_the_kept_weights_accuracies_at_the_T_of_each_training(
@@ -365,7 +364,7 @@ def test_what_is_done_is_not_trained_again_and_what_was_interrupted_goes_on(
 ) -> None:
     stub.interrupted = True
     command = ["figure2", "--smoke", "--out", str(tmp_path), "--data-dir", "data"]
-    assert CliRunner().invoke(paper.main, command).exit_code == 130
+    printed(*command, code=130, command=paper.main)
     stub.interrupted = False
     run(paper, *command[:-2])
     folder = str(tmp_path / "runs" / "figure2-smoke" / "SDT")
@@ -389,16 +388,16 @@ def test_runs_of_another_recipe_are_refused(
     recipe = tmp_path / "recipes" / "table1-sdt-T4.toml"
     command = ["figure2", "--smoke", "--out", str(tmp_path), "--data-dir", "data"]
     stub.interrupted = interrupted
-    assert CliRunner().invoke(paper.main, command).exit_code == (130 if interrupted else 0)
+    printed(*command, code=130 if interrupted else 0, command=paper.main)
     stub.interrupted = False
     text = recipe.read_text()
     recipe.write_text(text.replace("lr = 1e-3", "lr = 2e-3").replace("weight-decay = 0.0\n", "") + "clip = 1\n")
     before = len(stub.commands)
-    result = CliRunner().invoke(paper.main, command)
+    output = refused(*command, command=paper.main)
     folder = tmp_path / "runs" / "figure2-smoke" / "SDT"
     changes = "lr: 0.001 -> 0.002; weight-decay: 0.0 -> (none); clip: (none) -> 1"
-    assert result.exit_code == 1 and len(stub.commands) == before
-    assert f"{folder} was trained by another recipe: {changes}; remove it to train anew" in result.output
+    assert len(stub.commands) == before
+    assert f"{folder} was trained by another recipe: {changes}; remove it to train anew" in output
     recipe.write_text(text.replace("# Table 1", "# Table one").replace('"0,1,2"', '"0,1,2,3"'))
     run(paper, *command[:-2])  # a comment, and seeds, of which there may be more
 
@@ -485,11 +484,10 @@ def test_a_signal_as_the_training_is_started_ends_both(
 
 
 def test_a_scale_that_no_entry_has_is_refused_before_any_training(paper: ModuleType, tmp_path: Path) -> None:
-    result = CliRunner().invoke(paper.main, ["modern", "--small", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert "modern has no --small run; choose --smoke, or neither for the full size" in result.output
-    result = CliRunner().invoke(paper.main, ["table1", "--smoke", "--small", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2 and "--smoke and --small are two sizes; choose one" in result.output
+    output = refused("modern", "--small", "--out", tmp_path / "out", code=2, command=paper.main)
+    assert "modern has no --small run; choose --smoke, or neither for the full size" in output
+    output = refused("table1", "--smoke", "--small", "--out", tmp_path / "out", code=2, command=paper.main)
+    assert "--smoke and --small are two sizes; choose one" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -499,6 +497,4 @@ def test_mean_and_standard_deviation(paper: ModuleType) -> None:
 
 
 def test_an_unknown_table_is_refused(paper: ModuleType) -> None:
-    result = CliRunner().invoke(paper.main, ["table9"])
-    assert result.exit_code == 2
-    assert "'comparison'" in result.output
+    assert "'comparison'" in refused("table9", code=2, command=paper.main)

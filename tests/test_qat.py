@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_helpers import printed, refused
 from export_helpers import LinearTokens, classifier, convsnn, digits, frames
 from safetensors.torch import load_file
 from torch import nn
@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from tetdeploy import Engine
 from tetdeploy.checkpoint import load, read_metadata
-from tetdeploy.cli import main
 from tetdeploy.data import load_data, split_validation
 from tetdeploy.export.trained import Trained
 from tetdeploy.int8.calibration import Calibration
@@ -45,15 +44,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qat") / "plain"
     kept = "--T 2 --batch-size 32 --label-smoothing 0.1 --clip 1 --lam 0.1 --phi 0.9 --val-fraction 0.2 --cutout 1"
     options = f"{kept} --augment shift --loss sdt --switch-to-tet 2".split()
-    run("train", "--width", "0.25", "--epochs", "3", *options, "--out", folder)
+    printed("train", "--width", "0.25", "--epochs", "3", *options, "--out", folder, "--runs", folder.parent)
     return folder
-
-
-def run(*arguments: Any, code: int = 0) -> str:
-    runs = ["--runs", str(Path(arguments[-1]).parent)] if arguments[0] == "train" else []
-    result = CliRunner().invoke(main, [*map(str, arguments), *runs])
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
 
 
 # --- gradients
@@ -159,7 +151,8 @@ def test_a_copy_has_weights_of_its_own() -> None:
 
 
 def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> None:
-    said = run("train", "--qat", "--init", trained, "--epochs", "1", "--out", tmp_path / "tuned")
+    out = ("--out", tmp_path / "tuned", "--runs", tmp_path)
+    said = " ".join(printed("train", "--qat", "--init", trained, "--epochs", "1", *out).split())
     assert "2 convolutions in int8" in said and "--precision int8" in said
     assert f"parameters, from {trained} " in said
     metadata, before = read_metadata(tmp_path / "tuned"), read_metadata(trained)
@@ -167,13 +160,12 @@ def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> 
     assert metadata["network"] == before["network"]
     assert all(training[name] == before["training"][name] for name in (*kept, "augment", "cutout"))
     assert (training["lr"], training["loss"]) == (1e-4, "tet")
-    said = run("export", tmp_path / "tuned", "--precision", "int8", "--check", "100", "-o", tmp_path / "int8.onnx")
+    int8 = ("export", tmp_path / "tuned", "--precision", "int8")
+    said = " ".join(printed(*int8, "--check", "100", "-o", tmp_path / "int8.onnx").split())
     assert "2 convolutions, at the scales that the run was fine-tuned at (--qat)" in said
     assert "spike mismatch 0.00 ppm" in said
-    run("export", tmp_path / "tuned", "--check", "100", "-o", tmp_path / "fp32.onnx")
-    assert "leave out --calibrate" in run(
-        "export", tmp_path / "tuned", "--precision", "int8", "--calibrate", "64", code=2
-    )
+    printed("export", tmp_path / "tuned", "--check", "100", "-o", tmp_path / "fp32.onnx")
+    assert "leave out --calibrate" in refused(*int8, "--calibrate", "64", code=2)
 
     engine = Engine(tmp_path / "int8.onnx", threads=1)
     data, val = split_validation(load_data("digits", "train", data_dir=Path()), fraction=0.2)
@@ -229,14 +221,12 @@ def test_an_interrupted_run_goes_on_with_the_same_scales_and_weights(trained: Pa
 
 
 def test_what_cannot_be_fine_tuned(trained: Path, tmp_path: Path) -> None:
-    out = ("--out", tmp_path / "none")
-    assert "name its run or checkpoint with --init" in run("train", "--qat", *out, code=2)
-    assert "has width 0.25, not 0.5: leave it out" in run(
-        "train", "--qat", "--init", trained, "--width", "0.5", *out, code=1
-    )
-    refused = run("train", "--qat", "--init", trained, "--data", "saccades:digits", *out, code=1)
-    assert "takes direct input [1, 8, 8] of 10 classes" in refused
-    assert "--recompute does not go with --qat" in run("train", "--qat", "--init", trained, "--recompute", *out, code=1)
+    tune = ("train", "--qat", "--out", tmp_path / "none", "--runs", tmp_path)
+    assert "name its run or checkpoint with --init" in refused(*tune, code=2)
+    assert "has width 0.25, not 0.5: leave it out" in refused(*tune, "--init", trained, "--width", "0.5")
+    said = refused(*tune, "--init", trained, "--data", "saccades:digits")
+    assert "takes direct input [1, 8, 8] of 10 classes" in said
+    assert "--recompute does not go with --qat" in refused(*tune, "--init", trained, "--recompute")
     for precision in ("bf16", "fp16"):
         with pytest.raises(ValueError, match=f"whole numbers in float32; use precision fp32, got {precision}"):
             TrainConfig(qat=True, precision=precision)
@@ -248,11 +238,10 @@ def test_what_cannot_be_fine_tuned(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("option", "kind"), [(("--ann",), "an ANN twin"), (("--smooth-spike", "10"), "smooth spikes")])
 def test_networks_without_spikes_are_refused(option: tuple[str, ...], kind: str, tmp_path: Path) -> None:
-    run(
-        "train", *option, "--width", "0.1", "--T", "1", "--epochs", "1", "--warmup-epochs", "0", "--out", tmp_path / "a"
-    )
-    refused = run("train", "--qat", "--init", tmp_path / "a", "--out", tmp_path / "b", code=1)
-    assert kind in refused and "leave out --qat" in refused
+    short = ("--width", "0.1", "--T", "1", "--epochs", "1", "--warmup-epochs", "0", "--runs", tmp_path)
+    printed("train", *option, *short, "--out", tmp_path / "a")
+    said = refused("train", "--qat", "--init", tmp_path / "a", "--out", tmp_path / "b", "--runs", tmp_path)
+    assert kind in said and "leave out --qat" in said
 
 
 def test_scales_that_cannot_be_read(trained: Path) -> None:

@@ -20,7 +20,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_helpers import invoke
 from ranks_helpers import load, on_ranks, save
 from run_helpers import metrics
 from safetensors.torch import load_file
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.cli import main
 from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.storage.tensor_file import read_content
@@ -143,7 +142,7 @@ def _work(folder: Path) -> None:
         raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tetdeploy.train.ranks.process_group", lambda: nullcontext(ranks))  # the one that is there
-        refused = CliRunner().invoke(main, ["train", "--data", "no-such-set", "--runs", str(folder / "none")])
+        refused = invoke("train", "--data", "no-such-set", "--runs", folder / "none")
     with ranks.first():
         first = (folder / "first").exists()
         (folder / "first").touch()

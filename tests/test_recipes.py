@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import command_helpers
 import pytest
-from click.testing import CliRunner, Result
 
-from tetdeploy.cli import main
 from tetdeploy.cli.recipe import read_recipe
 from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.data import DATA_NAMES
@@ -29,16 +29,8 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, ["train", *arguments])
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(*arguments: str, code: int = 1) -> str:
-    result = CliRunner().invoke(main, ["train", *arguments])
-    assert result.exit_code == code and isinstance(result.exception, SystemExit), result.output
-    return result.output
+run = partial(command_helpers.printed, "train")
+refused = partial(command_helpers.refused, "train")
 
 
 def configurations(*arguments: str) -> tuple[TrainConfig, dict[str, Any]]:
@@ -135,7 +127,7 @@ def test_resume_with_another_recipe_shows_the_difference(tmp_path: Path) -> None
 
 
 def test_tit_from_the_command_line(tmp_path: Path) -> None:
-    output = run("--tit", "1:2:0.01,2:2", "--width", "0.25", "--batch-size", "256", "--out", "r").output
+    output = run("--tit", "1:2:0.01,2:2", "--width", "0.25", "--batch-size", "256", "--out", "r")
     assert "\nTET lambda 0.05   TIT 1:2:0.01,2:2   batch size 256   adamw lr 0.01, 0.002\n" in output
     records = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert [record["T"] for record in records] == [1, 1, 2, 2]
@@ -145,7 +137,7 @@ def test_tit_from_the_command_line(tmp_path: Path) -> None:
 
 def test_seeds_from_a_recipe_end_in_a_summary_that_names_it(tmp_path: Path) -> None:
     Path("three.toml").write_text('seeds = "0,1,2"\nT = 1\n')
-    output = run("--config", "three.toml", *QUICK[:4], *QUICK[6:], "--json", "out.json").output
+    output = run("--config", "three.toml", *QUICK[:4], *QUICK[6:], "--json", "out.json")
     summary = json.loads(Path("runs/three/summary.json").read_text())
     assert summary == json.loads(Path("out.json").read_text())
     assert summary["recipe"] == "three.toml" and summary["num_finished"] == 3
@@ -179,12 +171,12 @@ def test_a_run_that_is_called_like_one_of_several_seeds_is_one_by_itself(tmp_pat
 
 
 def test_seeds_without_validation_say_where_their_summary_is() -> None:
-    output = run(*QUICK, "--seeds", "0,1", "--val-fraction", "0", "--out", "r").output
+    output = run(*QUICK, "--seeds", "0,1", "--val-fraction", "0", "--out", "r")
     assert "\n2 seeds  ->  r/summary.json\n" in output
 
 
 def test_what_is_trained_is_said_before_and_after_it() -> None:
-    output = run("--smooth-spike", "10", "--loss", "sdt", "--switch-to-tet", "1", "--seeds", "0", *QUICK).output
+    output = run("--smooth-spike", "10", "--loss", "sdt", "--switch-to-tet", "1", "--seeds", "0", *QUICK)
     assert "M parameters, smooth spikes k=10   fp32" in output
     assert "\nSDT, after 1 epoch TET lambda 0.05   T=2   2 epochs   batch size 256   adamw lr 0.002\n" in output
     assert "% over 1 seed  ->" in output
@@ -200,11 +192,11 @@ def test_the_network_decides_the_defaults_of_its_loss() -> None:
 
 def test_ann_then_distillation(tmp_path: Path) -> None:
     small = ("--width", "0.25", "--epochs", "2", "--batch-size", "256")
-    output = run("--ann", *small, "--out", "ann").output
+    output = run("--ann", *small, "--out", "ann")
     assert settings("ann")["training"]["T"] == 1 and settings("ann")["training"]["lam"] == 0
     assert "next: tetdeploy train --distill ann" in output
     assert "ANN twin of convsnn" in output and "\ncross-entropy   T=1   2 epochs   batch size 256 " in output
-    output = run("--distill", "runs/latest", "--T", "2", *small, "--out", "taught").output
+    output = run("--distill", "runs/latest", "--T", "2", *small, "--out", "taught")
     assert "distilled from runs/latest" in output
     run("--resume", "taught")  # which is the latest now
     assert "an ANN has no time" in refused("--ann", "--T", "2")
@@ -237,11 +229,11 @@ def test_a_network_of_ones_own_learns_from_its_twin(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(preflight, "why_not", preflight._answer)  # in this process
     Path("taught_net.py").write_text(OWN)
     small = ("--epochs", "1", "--batch-size", "256")
-    output = run("--ann", *small, "--model", "taught_net:net", "--out", "ann").output
+    output = run("--ann", *small, "--model", "taught_net:net", "--out", "ann")
     assert output.endswith("next: tetdeploy train --distill ann --model taught_net:net\n")
-    distilled = run("--distill", "ann", "--model", "taught_net:net", "--T", "2", *small, "--out", "taught").output
+    distilled = run("--distill", "ann", "--model", "taught_net:net", "--T", "2", *small, "--out", "taught")
     assert "distilled from ann" in distilled
-    inspected = CliRunner().invoke(main, ["inspect", "taught"]).output
+    inspected = command_helpers.printed("inspect", "taught")
     assert "taught_net:net" in inspected and "tau 0.5" not in inspected
     said = refused("--distill", "ann", "--model", "taught_net:other", *small)
     assert "the teacher ann is a network of your own, taught_net:net, and the student is taught_net:other" in said
@@ -259,11 +251,8 @@ def test_recompute_trains_the_same_and_is_no_setting_of_the_run(tmp_path: Path) 
 
 
 def test_a_smooth_network_trains_and_does_not_export(tmp_path: Path) -> None:
-    output = run("--smooth-spike", "10", *QUICK, "--out", "smooth").output
-    assert "next: tetdeploy export" not in output
-    result = CliRunner().invoke(main, ["export", "smooth"])
-    assert result.exit_code == 1
-    assert "Error: the network was trained with smooth spikes" in result.output
+    assert "next: tetdeploy export" not in run("--smooth-spike", "10", *QUICK, "--out", "smooth")
+    assert "Error: the network was trained with smooth spikes" in command_helpers.refused("export", "smooth")
 
 
 # --- what can be wrong with one

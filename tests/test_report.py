@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from command_helpers import printed, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from report_helpers import (
@@ -33,7 +33,6 @@ from report_helpers import (
 )
 
 from tetdeploy import load
-from tetdeploy.cli import main
 from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.numbers import count, energy, milliseconds
 from tetdeploy.report.page import document_of
@@ -986,8 +985,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["export", "--T", "3", "--check", "0", *runs],
         ["sweep", *runs],
     ):
-        done = CliRunner().invoke(main, command)
-        assert done.exit_code == 0, done.output
+        printed(*command)
     return folder
 
 
@@ -995,9 +993,7 @@ class TestCommand:
     def test_of_a_real_run(self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         shutil.copytree(trained, tmp_path / "runs", symlinks=True)
-        done = CliRunner().invoke(main, ["report", "--markdown", "r.md", "--title", "Two epochs"])
-        assert done.exit_code == 0, done.output
-        assert "runs/tet/report.html" in done.output
+        assert "runs/tet/report.html" in printed("report", "--markdown", "r.md", "--title", "Two epochs")
         found = Page((tmp_path / "runs/tet/report.html").read_text(encoding="utf-8"))
         (sweep,) = (json.loads(file.read_text()) for file in (tmp_path / "runs/tet").glob("*.sweep.json"))
         at_trained = next(row for row in sweep["rows"] if row["T"] == 2)
@@ -1027,8 +1023,7 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         for name in "ab":
             write(tmp_path / f"{name}.sweep.json", result(kind="sweep"))
-        done = CliRunner().invoke(main, ["report", "a.sweep.json", "b.sweep.json", "--name", "[red]x[/y]"])
-        assert done.exit_code == 0, done.output
+        printed("report", "a.sweep.json", "b.sweep.json", "--name", "[red]x[/y]")
         assert "[red]x[/y]" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts
 
     def test_names_of_any_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1036,8 +1031,7 @@ class TestCommand:
         name = os.fsdecode(b"a\xff")
         for folder in (name, "b"):
             write(run_folder(tmp_path / folder) / f"{name}.sweep.json", result(model=name, data=name))
-        done = CliRunner().invoke(main, ["report", name, "b", "--markdown", "r.md"])
-        assert done.exit_code == 0, done.output
+        printed("report", name, "b", "--markdown", "r.md")
         assert "a?" in Page(Path("report.html").read_text(encoding="utf-8")).texts
         assert "| a? |" in Path("r.md").read_text(encoding="utf-8")
 
@@ -1045,8 +1039,5 @@ class TestCommand:
     def test_refusals_are_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
         monkeypatch.chdir(tmp_path)
         Path("note.txt").write_text("hello")
-        done = CliRunner().invoke(main, ["report", *arguments])
-        assert done.exit_code == 1
-        assert isinstance(done.exception, SystemExit)
-        assert done.output.count("Error: ") == 1
+        refused("report", *arguments)
         assert not Path("report.html").exists()

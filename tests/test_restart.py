@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_helpers import printed, refused
 from run_helpers import metrics, same_weights, toy_images
 from safetensors.torch import load_file
 from torch import nn
 
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.cli import main
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.inspection import inspect
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -568,10 +568,7 @@ def test_what_is_no_weights_is_refused(tmp_path: Path) -> None:
 # --- the command
 
 
-def command(*arguments: object, code: int = 0) -> str:
-    result: Result = CliRunner().invoke(main, ["train", *map(str, arguments)])
-    assert result.exit_code == code and isinstance(result.exception, SystemExit | None), result.output
-    return result.output
+command = partial(printed, "train")
 
 
 @pytest.fixture
@@ -603,26 +600,22 @@ def test_the_command_takes_the_settings_of_the_weights(half: Path) -> None:
 
 def test_the_command_refuses_what_does_not_go_together(half: Path) -> None:
     for options in (["--init", "x"], ["--resume"], ["--seeds", "0,1"], ["--qat"]):
-        assert "not together with --resume, --init, --seeds or --qat" in command(
-            "--restart-from", half, *options, code=2
-        )
-    assert "training.lr: 0.003 -> 0.1" in command("--restart-from", half, "--lr", 0.1, code=1)
-    assert "nowhere does not exist" in command("--restart-from", "nowhere", code=1)
-    assert "--shards-mb" in command("--shards-mb", -1, code=2)
+        said = refused("train", "--restart-from", half, *options, code=2)
+        assert "not together with --resume, --init, --seeds or --qat" in said
+    assert "training.lr: 0.003 -> 0.1" in refused("train", "--restart-from", half, "--lr", 0.1)
+    assert "nowhere does not exist" in refused("train", "--restart-from", "nowhere")
+    assert "--shards-mb" in refused("train", "--shards-mb", -1, code=2)
 
 
 def test_export_takes_shards(half: Path) -> None:
-    result = CliRunner().invoke(main, ["export", str(half), "--check", "20"])
-    assert result.exit_code == 0, result.output
-    assert "epoch-00001-step-000003: the weights after 1 epochs and 3 steps, not the best epoch's" in result.output
+    output = printed("export", half, "--check", "20")
+    assert "epoch-00001-step-000003: the weights after 1 epochs and 3 steps, not the best epoch's" in output
     (model,) = Path().glob("carried/*.onnx")
-    result = CliRunner().invoke(main, ["validate", str(model), "--against", str(half), "--limit", "20"])
-    assert result.exit_code == 0, result.output
+    printed("validate", model, "--against", half, "--limit", "20")
     other = shutil.copytree(half / "epoch-00001-step-000003", Path("other"))
     index = json.loads((other / INDEX_NAME).read_text())
     (other / INDEX_NAME).write_text(json.dumps(index | {"changed": True}))
-    result = CliRunner().invoke(main, ["validate", str(model), "--against", str(other), "--limit", "20"])
-    assert result.exit_code == 1 and "was not exported from other" in result.output
+    assert "was not exported from other" in refused("validate", model, "--against", other, "--limit", "20")
 
 
 def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path) -> None:
@@ -631,7 +624,7 @@ def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path
     content["network"]["model"] = "somebody:network"
     shutil.rmtree(folder)
     write_shards(folder, tensors, content, limit=10**6)
-    assert "holds a network of your own: pass --model somebody:network" in command("--restart-from", half, code=1)
+    assert "holds a network of your own: pass --model somebody:network" in refused("train", "--restart-from", half)
 
 
 @pytest.fixture
@@ -672,9 +665,8 @@ def test_a_resumed_run_goes_on_with_its_shards_and_graphs(
         *(How(shards_mb=4.0, recompute=True), How(shards_mb=4.0, recompute=True), How(shards_mb=4.0)),
     ]
     assert json.loads(Path("r/config.json").read_text())["how"] == asdict(How(shards_mb=4.0))
-    assert "pass --no-recompute or --no-cuda-graphs" in command(
-        *SMALL, "--out", "q", "--recompute", "--cuda-graphs", code=1
-    )
+    said = refused("train", *SMALL, "--out", "q", "--recompute", "--cuda-graphs")
+    assert "pass --no-recompute or --no-cuda-graphs" in said
     given.clear()
     command(*SMALL, "--out", "s", "--seeds", "0,1", "--shards-mb", 3)
     command("--resume", "s")
@@ -705,7 +697,5 @@ def test_a_command_that_torchrun_starts_again_begins_no_second_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    result = CliRunner().invoke(main, ["train", "--epochs", "1", "--out", str(tmp_path / "run")])
-    assert result.exit_code == 1
-    assert "go on with --resume" in result.output
+    assert "go on with --resume" in refused("train", "--epochs", "1", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -23,12 +23,11 @@ from unittest.mock import AsyncMock, Mock
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 from client_helpers import triton_client
+from command_helpers import invoke, printed, refused
 from export_helpers import digits, engine, exported, folder, frames
 from serve_helpers import PATIENCE, Server, start, started, stop
 
-from tetdeploy.cli import main
 from tetdeploy.cli.serve import Megabytes, _by_name
 from tetdeploy.serve.requests import InvalidRequestError, Parameters, numbers, tensor
 
@@ -890,7 +889,7 @@ def test_a_port_in_use_is_said(server: Server, which: str) -> None:
 
 
 def test_a_total_below_one_request_is_refused() -> None:
-    result = CliRunner().invoke(main, ["serve", str(exported("step")), "--max-total-mb", "10"])
+    result = invoke("serve", exported("step"), "--max-total-mb", "10")
     assert result.exit_code == 1
     assert "raise --max-total-mb or lower --max-request-mb" in result.stderr and "Traceback" not in result.stderr
 
@@ -898,12 +897,11 @@ def test_a_total_below_one_request_is_refused() -> None:
 @pytest.mark.parametrize("option", ["--max-request-mb", "--max-total-mb"])
 @pytest.mark.parametrize("size", ["inf", "nan", "1e-7", "0", "-1", "1e303"])
 def test_a_size_that_is_none_is_refused(option: str, size: str) -> None:
-    result = CliRunner().invoke(main, ["serve", "m.onnx", option, size])
-    assert result.exit_code == 2
-    assert f"Invalid value for '{option}': " in result.output
+    output = refused("serve", "m.onnx", option, size, code=2)
+    assert f"Invalid value for '{option}': " in output
     refusals = (f"{size} MB is no size; give a number from 0.000001", "is not in the range x>0", "range 0<x<=2000")
     refusals += (f"{size} is no number to calculate with",)
-    assert any(refusal in result.output for refusal in refusals)
+    assert any(refusal in output for refusal in refusals)
 
 
 def test_sizes_are_whole_bytes() -> None:
@@ -913,15 +911,12 @@ def test_sizes_are_whole_bytes() -> None:
 
 
 def test_an_unknown_runtime_is_refused() -> None:
-    result = CliRunner().invoke(main, ["serve", str(exported("step")), "--runtime", "abacus"])
-    assert result.exit_code == 1
-    assert "unknown runtime 'abacus'; choose one of onnxruntime, openvino" in result.stderr
+    output = refused("serve", exported("step"), "--runtime", "abacus")
+    assert "Error: unknown runtime 'abacus'; choose one of onnxruntime, openvino" in output
 
 
 def test_two_models_of_one_name_are_refused() -> None:
-    result = CliRunner().invoke(main, ["serve", str(exported("step")), f"step={exported('dynamic')}"])
-    assert result.exit_code == 1
-    assert "two models are called step" in result.output
+    assert "two models are called step" in refused("serve", exported("step"), f"step={exported('dynamic')}")
 
 
 def test_a_path_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -939,9 +934,7 @@ def test_a_path_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_name_that_no_url_reaches_is_refused() -> None:
-    result = CliRunner().invoke(main, ["serve", f"a/b={exported('step')}"])
-    assert result.exit_code == 1
-    assert "'a/b' is no name for a model" in result.output
+    assert "'a/b' is no name for a model" in refused("serve", f"a/b={exported('step')}")
 
 
 def test_a_name_that_is_empty_is_refused() -> None:
@@ -966,8 +959,7 @@ def test_the_url_that_is_announced_is_one_to_ask(monkeypatch: pytest.MonkeyPatch
         announce("127.0.0.1:1", "127.0.0.1:2")
 
     monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
-    output = CliRunner().invoke(main, ["serve", f"a b?c={exported('step')}"]).output
-    assert "http://127.0.0.1:1/v2/models/a%20b%3Fc/infer" in output
+    assert "http://127.0.0.1:1/v2/models/a%20b%3Fc/infer" in printed("serve", f"a b?c={exported('step')}")
 
 
 @pytest.mark.parametrize(
@@ -983,7 +975,7 @@ def test_the_threads_are_announced(
     monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
     monkeypatch.setattr("tetdeploy.system.machine.default_threads", lambda: left)
     options = [] if asked is None else ["--threads", asked]
-    assert said in CliRunner().invoke(main, ["serve", str(exported("step")), *options]).output
+    assert said in printed("serve", exported("step"), *options)
 
 
 def test_an_address_of_ipv6_is_one_to_ask() -> None:
@@ -1014,8 +1006,7 @@ def test_a_stop_while_models_are_loaded_is_no_failure(monkeypatch: pytest.Monkey
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("tetdeploy.engine.open_engine", load)
-    result = CliRunner().invoke(main, ["serve", str(exported("step"))])
-    assert (result.exit_code, result.output) == (0, "stopped before it was ready\n")
+    assert printed("serve", exported("step")) == "stopped before it was ready\n"
 
 
 def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1026,10 +1017,10 @@ def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPa
         sys.modules, "tetdeploy.serve.server", SimpleNamespace(serve=serve, Address=lambda *given: given)
     )
     monkeypatch.setenv("TETDEPLOY_NATIVE", "0")
-    small = CliRunner().invoke(main, ["serve", f"small={exported('step')}"]).output
+    small = printed("serve", f"small={exported('step')}")
     assert "ready: " in small and "slower" not in small
     monkeypatch.setattr("tetdeploy.runtimes.sessions.NATIVE_FROM", 1)
-    large = CliRunner().invoke(main, ["serve", f"large={exported('step')}"]).output
+    large = printed("serve", f"large={exported('step')}")
     assert "large is slower than it could be: the native operator is switched off by TETDEPLOY_NATIVE=0" in large
 
 
@@ -1047,15 +1038,14 @@ def test_every_option_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
         "--max-request-mb 6 --max-json-mb 7 --max-total-mb 8 --max-T 9 --sequence-timeout 10 --max-sequences 11 "
         "--max-state-mb 12 --device cuda --runtime openvino --threads 13"
     )
-    result = CliRunner().invoke(main, command.split())
-    assert result.exit_code == 0, result.output
+    printed(*command.split())
     opened.assert_called_once_with("m.onnx", device="cuda", threads=13, runtime="openvino")
     engines, *given = serve.call_args.args
     assert engines == {"m": opened.return_value}
     assert given == [Address("::1", 1, 2), Limits(3, 0.004, 5), Bounds(9, 10, 11, 12_000_000)]
     assert serve.call_args.kwargs["sizes"] == Sizes(6_000_000, 7_000_000, 8_000_000)
     assert serve.call_args.kwargs["threads"] == 13
-    assert CliRunner().invoke(main, ["serve", "m.onnx"]).exit_code == 0
+    printed("serve", "m.onnx")
     assert serve.call_args.args[2] == Limits()
 
 

@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_helpers import printed
 from export_helpers import digits, engine, exported
 from serve_helpers import needs_serve
 
@@ -48,8 +48,7 @@ def test_the_result_is_written_where_an_earlier_one_lies(
     monkeypatch.setattr(script, "show", lambda rows: None)
     for clients in (["1,2"], ["4,8", "--against-wait-ms", "2"]):
         options = ["--clients", *clients, "--json", str(tmp_path / "load.json")]
-        done = CliRunner().invoke(script.main, [str(exported("step")), *options])
-        assert done.exit_code == 0, done.output
+        printed(exported("step"), *options, command=script.main)
     rows = json.loads((tmp_path / "load.json").read_text())["rows"]
     assert [(row["clients"], row["wait"]) for row in rows] == [(4, 0), (4, 2), (8, 0), (8, 2)]
 

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from client_helpers import triton_client
+from command_helpers import printed
 from safetensors.torch import load_file
 from serve_helpers import start, stop
 
 import tetdeploy
-from tetdeploy.cli import main
 from tetdeploy.data import load_data
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in commands:
-            result = CliRunner().invoke(main, list(command))
-            assert result.exit_code == 0, result.output
+            printed(*command)
     return folder
 
 
@@ -103,9 +101,7 @@ def test_two_networks_on_the_same_images(
     place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["evaluate", str(place / "runs" / "latest"), "--T", "2,4", "--predictions", "first.npz"]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0, result.output
+    printed("evaluate", place / "runs" / "latest", "--T", "2,4", "--predictions", "first.npz")
     first = dict(np.load("first.npz"))
     right = first["predicted"][0, 1] == first["labels"]
     other = first["predicted"].copy()
@@ -121,8 +117,7 @@ def test_nir_in_snntorch(place: Path, images: Any, monkeypatch: pytest.MonkeyPat
     pytest.importorskip("snntorch.import_nir")
     monkeypatch.chdir(tmp_path)
     run_folder = place / "runs" / "latest"
-    result = CliRunner().invoke(main, ["export", str(run_folder), "--format", "nir", "-o", "model.nir"])
-    assert result.exit_code == 0, result.output
+    printed("export", run_folder, "--format", "nir", "-o", "model.nir")
     code = block("docs/nir.md", "import_from_nir").replace("torch.zeros(8, 1, 8, 8)", "torch.from_numpy(pixels)")
     answer = run(code, pixels=images)["answer"]
     with torch.no_grad():
@@ -177,9 +172,9 @@ def train_and_export(model: str, monkeypatch: pytest.MonkeyPatch, folder: Path) 
     monkeypatch.syspath_prepend(folder)
     monkeypatch.chdir(folder)
     for words in (["train", "--epochs", "1", "--out", "r"], ["export", "r", "--check", "64"]):
-        result = CliRunner().invoke(main, [*words, "--model", model])
-        assert result.exit_code == 0 and "Warning" not in result.output, result.output
-    assert "spike mismatch 0.00 ppm" in result.output
+        output = printed(*words, "--model", model)
+        assert "Warning" not in output
+    assert "spike mismatch 0.00 ppm" in output
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_helpers import printed
 
-from tetdeploy.cli import main
 from tetdeploy.export import ExportConfig
 from tetdeploy.export.config import LAYOUTS, PRECISIONS, REFUSED, TARGETS
 
@@ -50,5 +49,5 @@ def test_unknown_names_and_the_command_line() -> None:
         ExportConfig(target="tpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="choose precision fp32, fp16, or for int8 target cpu, tensorrt, tensorrt-rtx"):
         ExportConfig(target="cuda", precision="int8")
-    helped = CliRunner().invoke(main, ["export", "--help"]).output
+    helped = printed("export", "--help")
     assert all(re.search(rf"\b{name}\b", helped) for name in (*TARGETS, *PRECISIONS))

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_helpers import printed, refused
 from export_helpers import digits, engine, exported, frames, layouts
 from gpu_stand_in import VERSION, Cuda, TensorRT
 from PIL import Image
 
-from tetdeploy.cli import main
 from tetdeploy.early_exit import Exit, certainty, load_exit
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.measured import engine_provenance
@@ -343,11 +342,10 @@ def test_the_device_is_named(tmp_path: Path) -> None:
 def test_predict_runs_an_engine(cuda: Cuda, tmp_path: Path) -> None:
     Image.fromarray(digits().images[0, 0]).save(tmp_path / "digit.png")
     path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
-    arguments = ["predict", str(path), str(tmp_path / "digit.png"), "--device", "tensorrt"]
-    assert "T=3" in CliRunner().invoke(main, arguments, catch_exceptions=False).output
-    refused = CliRunner().invoke(main, arguments[:-2])
-    assert refused.exit_code == 1
-    assert refused.output.startswith("Error: ") and "choose device tensorrt" in refused.output
+    arguments = ["predict", path, tmp_path / "digit.png", "--device", "tensorrt"]
+    assert "T=3" in printed(*arguments)
+    output = refused(*arguments[:-2])
+    assert output.startswith("Error: ") and "choose device tensorrt" in output
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,22 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import command_helpers
 import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_helpers import printed
 from export_helpers import digits, frames
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.class_names import check_classes
-from tetdeploy.cli import main
 from tetdeploy.cli.fail_under import Gate, check_gates, describe, parse_gate, place_gates
 from tetdeploy.data.fingerprint import images_sha256
 from tetdeploy.engine import Engine
@@ -63,10 +64,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for options in (
         ["--check", "20"],
         ["--layout", "dynamic", "--check", "0"],
-        ["--encoding", "frames", "--data", str(folder / "frames.npz"), "--check", "0", "-o", str(folder / FRAMES)],
+        ["--encoding", "frames", "--data", folder / "frames.npz", "--check", "0", "-o", folder / FRAMES],
     ):
-        result = CliRunner().invoke(main, ["export", str(folder / RUN), *options])
-        assert result.exit_code == 0, result.output
+        printed("export", folder / RUN, *options)
     return folder
 
 
@@ -77,17 +77,8 @@ def _workplace(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path / "w")
 
 
-def run(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, ["validate", *arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def refused(*arguments: str, code: int = 1) -> str:
-    result = run(*arguments, code=code)
-    assert "Traceback" not in result.output
-    assert result.output.count("Error: ") == 1
-    return " ".join(result.output.split())
+run = partial(printed, "validate")
+refused = partial(command_helpers.refused, "validate")
 
 
 def written(path: str = "run/model-T3.validate.json") -> dict[str, Any]:
@@ -97,7 +88,7 @@ def written(path: str = "run/model-T3.validate.json") -> dict[str, Any]:
 
 class TestReference:
     def test_it_alone_tells_agreement_and_no_accuracy(self) -> None:
-        output = run(MODEL, "--layers").output
+        output = run(MODEL, "--layers")
         value = written()
         assert value["kind"] == "validate"
         assert value["data"] == "reference images"
@@ -138,8 +129,8 @@ main(["validate", "run/model-T3.onnx", "--data", "mine.npz", "--fail-under", "ag
         assert 0 < written()["rows"][2]["accuracy"] < 1
 
     def test_fewer_steps_give_the_same_numbers(self) -> None:
-        assert "* the T of the training" in run(MODEL, "--json", "all.json").output
-        assert "the T of the training" not in run(MODEL, "--T", "2", "--json", "two.json").output
+        assert "* the T of the training" in run(MODEL, "--json", "all.json")
+        assert "the T of the training" not in run(MODEL, "--T", "2", "--json", "two.json")
         (two,) = written("two.json")["rows"]
         other = written("all.json")["rows"][1]
         for key in ("top1_agreement", "spike_count_error", "energy_pj", "firing_rate"):
@@ -161,12 +152,12 @@ main(["validate", "run/model-T3.onnx", "--data", "mine.npz", "--fail-under", "ag
             arrays = dict(file)
         arrays["per_step"][:64] *= -1
         np.savez(path, **arrays)
-        output = run(MODEL, "--fail-under", "agreement=0.999", code=3).output
+        output = run(MODEL, "--fail-under", "agreement=0.999", code=3)
         assert written()["rows"][2]["top1_agreement"] <= 0.75
         assert "failed: agreement at T=3: 0.75, wanted at least 0.999" in output
 
     def test_steps_that_the_reference_lacks_are_not_said_to_be_compared(self) -> None:
-        output = run(DYNAMIC, "--data", "digits", "--limit", "9", "--T", "8,9").output
+        output = run(DYNAMIC, "--data", "digits", "--limit", "9", "--T", "8,9")
         assert "model-dynamic.reference.npz holds T=3, no T=8, so nothing is compared with PyTorch" in output
         assert "compared with what PyTorch made" not in output and "spike count error" not in output
         assert written("run/model-dynamic.validate.json")["agreement"] is None
@@ -174,7 +165,7 @@ main(["validate", "run/model-T3.onnx", "--data", "mine.npz", "--fail-under", "ag
     def test_no_reference(self) -> None:
         Path("run/model-T3.reference.npz").unlink()
         assert "no reference images at run/model-T3.reference.npz" in refused(MODEL)
-        assert "nothing is compared with PyTorch" in run(MODEL, "--data", "digits").output
+        assert "nothing is compared with PyTorch" in run(MODEL, "--data", "digits")
         value = written()
         assert value["agreement"] is None
         assert value["rows"][0]["top1_agreement"] is None
@@ -184,7 +175,7 @@ main(["validate", "run/model-T3.onnx", "--data", "mine.npz", "--fail-under", "ag
 class TestData:
     def test_accuracy_is_that_of_a_sweep(self) -> None:
         run(MODEL, "--data", "digits")
-        assert CliRunner().invoke(main, ["sweep", MODEL, "--json", "s.json"]).exit_code == 0
+        printed("sweep", MODEL, "--json", "s.json")
         sweep, value = written("s.json"), written()
         for ours, theirs in zip(value["rows"], sweep["rows"], strict=True):
             for key in CONTRACT & set(theirs) - {"latency_ms"}:
@@ -216,7 +207,7 @@ class TestAgainst:
         assert [row["torch_latency_ms"] for row in written()["rows"]] == [10, 20, 30]
 
     def test_spike_by_spike(self) -> None:
-        output = run(MODEL, "--against", RUN, "--T", "1:3", "--num-torch", "100", "--limit", "150").output
+        output = run(MODEL, "--against", RUN, "--T", "1:3", "--num-torch", "100", "--limit", "150")
         value, shown = written(), re.sub(" +", "  ", output)
         assert "layers of neurons, T=3, on the 100 images that PyTorch saw too\n" in output
         assert value["data"] == "digits"
@@ -272,7 +263,7 @@ class TestAgainst:
         monkeypatch.syspath_prepend(str(Path.cwd()))
         own = ("--model", "own_network:my_network")
         write_run(Path("own"), 0, own[1])
-        assert CliRunner().invoke(main, ["export", "own", *own, "--check", "0"]).exit_code == 0
+        printed("export", "own", *own, "--check", "0")
         assert "is not imported because a file says so" in refused("own/model-T3.onnx", "--against", "own")
         run("own/model-T3.onnx", "--against", "own", *own, "--limit", "20")
         assert written("own/model-T3.validate.json")["rows"][2]["top1_agreement"] == 1.0
@@ -305,12 +296,11 @@ class TestAgainst:
 )
 def test_a_model_of_an_earlier_checkpoint_is_told_and_how_to_export_it_anew(options: str, name: str) -> None:
     def told() -> str:
-        return " ".join(run(f"a run/{name}", "--T", "1").output.split())
+        return " ".join(run(f"a run/{name}", "--T", "1").split())
 
     def export(words: str) -> dict[str, Any]:
-        done = CliRunner().invoke(main, ["export", *shlex.split(words), "--check", "0"])
-        assert done.exit_code == 0, done.output
-        assert f"next: tetdeploy sweep 'a run/{name}'" in done.output
+        output = printed("export", *shlex.split(words), "--check", "0")
+        assert f"next: tetdeploy sweep 'a run/{name}'" in output
         metadata = Engine(f"a run/{name}").metadata
         keys = ("layout", "T", "precision", "target", "states", "input", "fold_bn")
         return {key: metadata[key] for key in keys}
@@ -345,7 +335,7 @@ class TestGoingOn:
 
         with monkeypatch.context() as patch:
             patch.setattr(Pass, "advance", advance_or_stop)
-            return " ".join(run(*self.OPTIONS, code=130).output.split())
+            return " ".join(run(*self.OPTIONS, code=130).split())
 
     def test_ctrl_c_keeps_what_is_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
         run(*self.OPTIONS, "--json", "whole.json")
@@ -353,7 +343,7 @@ class TestGoingOn:
         assert f"what is done lies in {self.PARTIAL} and the same command goes on" in message
         assert self.PARTIAL.exists()
         assert not Path("run/model-T3.validate.json").exists()
-        assert "going on after 48 of 100 images" in run(*self.OPTIONS).output
+        assert "going on after 48 of 100 images" in run(*self.OPTIONS)
         assert not self.PARTIAL.exists()
         mine, whole = written(), written("whole.json")
         timed = {"latency_ms", "torch_latency_ms"}
@@ -370,7 +360,7 @@ class TestGoingOn:
         assert "torch images" in refused(*self.OPTIONS[:3], "--num-torch", "32", "--limit", "100")
         run(MODEL)  # the reference alone leaves it be
         assert self.PARTIAL.exists()
-        assert "going on" not in run(*self.OPTIONS, "--restart").output
+        assert "going on" not in run(*self.OPTIONS, "--restart")
         assert not self.PARTIAL.exists()
 
     def test_the_file_of_another_process_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,13 +386,13 @@ class TestGoingOn:
         monkeypatch.setattr(
             "tetdeploy.agreement.compare_reference", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
         )
-        assert run(MODEL, code=130).output == "interrupted\n"
+        assert run(MODEL, code=130) == "interrupted\n"
 
 
 class TestGates:
     def test_all_pass(self) -> None:
         bounds = ("accuracy=0.01", "agreement=0.999@2", "energy=1e9")
-        output = run(MODEL, "--data", "digits", *(word for bound in bounds for word in ("--fail-under", bound))).output
+        output = run(MODEL, "--data", "digits", *(word for bound in bounds for word in ("--fail-under", bound)))
         assert "passed: agreement at T=2: 1, wanted at least 0.999\n" in output
         assert output.count("passed: ") == 3 and "failed: " not in output
         assert [(g["key"], g["T"], g["passed"]) for g in written()["gates"]] == [
@@ -413,9 +403,7 @@ class TestGates:
 
     def test_each_failure_is_a_line_and_the_result_is_written(self) -> None:
         bounds = ("accuracy=1", "energy=5@1", "agreement=0.5")
-        output = run(
-            MODEL, "--data", "digits", *(word for bound in bounds for word in ("--fail-under", bound)), code=3
-        ).output
+        output = run(MODEL, "--data", "digits", *(word for bound in bounds for word in ("--fail-under", bound)), code=3)
         value = written()
         assert f"failed: accuracy at T=3: {value['rows'][2]['accuracy']:.10g}, wanted at least 1\n" in output
         assert f"failed: energy at T=1: {value['rows'][0]['energy_pj']:.10g} pJ, wanted at most 5 pJ\n" in output
@@ -453,7 +441,7 @@ class TestGates:
         of_digits = ("--data", "digits", "--limit", "20", "--fail-under", "energy=1e9")
         told = "operations not counted, and in no energy: later (residual_adds); export --layout step may count them "
         told += "(why: docs/energy.md)"
-        assert told in " ".join(run("later (residual_adds).onnx", *of_digits).output.split())
+        assert told in " ".join(run("later (residual_adds).onnx", *of_digits).split())
         message = refused("up.0.onnx", *of_digits)
         assert f"--fail-under energy cannot be judged: {told.replace('later (residual_adds)', 'up.0')}" in message
         assert not Path("up.0.validate.json").exists()
