@@ -271,12 +271,21 @@ def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[
             "the network draws random numbers in inference, and an exported graph draws none; encode images without "
             "them, as DirectEncoding does, and pass training=self.training to F.dropout"
         )
+    if batch := [name for name, layer in double.network.named_modules() if _takes_batch_statistics(layer)]:
+        return ValueError(
+            f"the network mixes the images of a batch, and the steps: {shorten(batch)} normalises by the mean and "
+            "variance of the batch, in inference, too; keep track_running_stats of BN on"
+        )
     what_changed = f"; this run changed what is kept in {shorten(changed)}" if changed else ""
     return ValueError(
         f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of a "
         "single step that starts from the same membranes; every step must be computed alike, by the same weights, and "
         f"only LIF and IF of tetdeploy.neurons may carry anything from one step to the next{what_changed}{numbers}"
     )
+
+
+def _takes_batch_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None
 
 
 def _traces(double: Classifier, x: Tensor, T: int, others: Sequence[Tensor]) -> tuple[bool, str, list[str]]:

@@ -278,6 +278,11 @@ def _check_architecture(tensors: Mapping[str, Tensor], arch: str, path: Path | s
     for other in ARCHITECTURES:
         if other != arch and set(tensors) == {name for names in their_names(other).values() for name in names}:
             raise ValueError(f"{path} holds a {other}, not a {arch}; import it with --arch {other}")
+    if not set(tensors) & {name for names in their_names(arch).values() for name in names}:
+        raise ValueError(
+            f"{path} is no checkpoint of the TET authors' code: not one name of its {arch} is in it; docs/training.md, "
+            "Porting a network, says how weights of other frameworks are taken over"
+        )
 
 
 def _as_float32(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:

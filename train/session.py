@@ -359,7 +359,7 @@ def headline(session: Session) -> str:
         loss += f", after {counted(config.switch_to_tet, 'epoch')} {_loss(session, 'tet')}"
     if session.teacher is not None:
         loss += f", distilled from {config.distill}"
-    in_8_bits = f", {len(session.calibration.scales)} convolutions in int8" if session.calibration else ""
+    in_8_bits = f", {counted(len(session.calibration.scales), 'convolution')} in int8" if session.calibration else ""
     steps = f"T={config.random_T or config.T}"
     time = f"TIT {config.tit}" if config.tit else f"{steps}   {counted(config.epochs, 'epoch')}"
     rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(stage.lr for stage in config.stages))
