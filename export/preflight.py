@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +18,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tetdeploy.data import Encoding
+from tetdeploy.folding import FoldingError
 from tetdeploy.networks import Classifier, NetworkConfig, import_network
 from tetdeploy.tracing import Tracer
 
@@ -26,9 +27,17 @@ from .causality import check_on_noise, steps_to_check
 _SECONDS = 300
 
 
-def why_not(config: NetworkConfig, encoding: Encoding, T: int) -> str | None:
-    """Why a network of one's own cannot be exported, as far as a trace and two images of noise show that; None if they
-    show nothing against it, or the process ended without an answer.
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a network cannot be exported; with `of_folding` it can without folding BN."""
+
+    reason: str
+    of_folding: bool = False
+
+
+def why_not(config: NetworkConfig, encoding: Encoding, T: int) -> Obstacle | None:
+    """What stands against the export of a network of one's own, as far as a trace and two images of noise show that;
+    None if they show nothing, or the process ended without an answer.
 
     Args:
         T: steps of the training; the network is run at more, see `steps_to_check`.
@@ -48,22 +57,22 @@ def why_not(config: NetworkConfig, encoding: Encoding, T: int) -> str | None:
                 check=True,
                 env=os.environ | {"PYTHONPATH": paths},
             )
-            answer: str | None = json.loads(file.read_text())
+            answer = json.loads(file.read_text())
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer
+    return None if answer is None else Obstacle(**answer)
 
 
-def _answer(config: NetworkConfig, encoding: Encoding, T: int) -> str | None:
+def _answer(config: NetworkConfig, encoding: Encoding, T: int) -> Obstacle | None:
     network = import_network(config)
     mean, std = (0.5,) * config.in_channels, (0.25,) * config.in_channels
     class_names = tuple(map(str, range(config.num_classes)))
     classifier = Classifier(network, config=config, mean=mean, std=std, class_names=class_names, encoding=encoding)
     try:
         check_on_noise(_told_apart(classifier.eval()), encoding, T=steps_to_check(T))
-        Tracer(classifier, encoding=encoding, uint8=True).program(3)
+        Tracer(classifier, encoding=encoding, uint8=True).folded(3)
     except ValueError as error:
-        return str(error)
+        return Obstacle(str(error), of_folding=isinstance(error, FoldingError))
     return None
 
 
@@ -78,4 +87,5 @@ def _told_apart(classifier: Classifier) -> Classifier:
 if __name__ == "__main__":
     file = Path(sys.argv[1])
     settings, encoding, T, sys.argv = json.loads(file.read_text())  # the user's module may read the command's words
-    file.write_text(json.dumps(_answer(NetworkConfig(**settings), encoding, T)))
+    found = _answer(NetworkConfig(**settings), encoding, T)
+    file.write_text(json.dumps(None if found is None else asdict(found)))

@@ -19,7 +19,7 @@ import weakref
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import ANY, Mock
 
 import click
 import numpy as np
@@ -328,6 +328,9 @@ class TestCommands:
         for junk in ("not json", "[]", "{}", '{"data": "digits", "num_samples": "many"}'):
             Path("out.json").write_text(junk)
             assert "will be replaced" not in invoke("sweep", "--T", "1", "--limit", "10", "--json", "out.json").output
+        printed("sweep", "--T", "1", "--limit", "20", "--json", "out.json")
+        np.savez("others.npz", images=np.zeros((5, 1, 8, 8), np.uint8), labels=np.full(5, 10))
+        assert "will be replaced" not in refused("sweep", "--data", "others.npz", "--json", "out.json")
 
     @pytest.mark.parametrize(("columns", "width"), [("60", 60), ("100", 100), ("0", 120), ("", 120)])
     def test_piped_tables_are_as_wide_as_COLUMNS(self, columns: str, width: int, workplace: Path) -> None:
@@ -516,14 +519,40 @@ class TestCommands:
         )
         monkeypatch.syspath_prepend(str(tmp_path))
         answer = preflight._answer(NetworkConfig(f"{name}:net", 10, 1, (8, 8)), "direct", 4)
-        assert answer is not None and said in answer
+        assert answer is not None and said in answer.reason and not answer.of_folding
 
     def test_a_network_that_cannot_be_traced_is_seen(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         branching = "frames.flatten(2) * (2 if frames.mean() > -1e9 else 1)"  # as it is for all noise
         (tmp_path / "branch_net.py").write_text(FRAMES_NET.replace("frames.flatten(2)", branching))
         monkeypatch.syspath_prepend(str(tmp_path))
         said = preflight._answer(NetworkConfig("branch_net:net", 10, 1, (8, 8)), "frames", 4)
-        assert said is not None and "cannot trace the network: its forward makes a Python number of" in said
+        assert said is not None and "cannot trace the network: its forward makes a Python number of" in said.reason
+
+    def test_a_bn_that_cannot_be_folded_is_told_and_the_next_step_goes_without(
+        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "behind_net.py").write_text(
+            "from torch import nn\n"
+            "from tetdeploy.layers import OverTime\n"
+            "from tetdeploy.neurons import LIF\n"
+            "class Net(nn.Module):\n"
+            "    def __init__(self, num_classes):\n"
+            "        super().__init__()\n"
+            "        self.first, self.lif = nn.Linear(64, 32), LIF()\n"
+            "        self.bn, self.readout = OverTime(nn.BatchNorm1d(32)), nn.Linear(32, num_classes)\n"
+            "    def forward(self, x, T):\n"
+            "        return self.readout(self.bn(self.lif(self.first(x.flatten(1)).expand(T, -1, -1))))\n"
+            "def net(num_classes, in_channels, image_size):\n"
+            "    return Net(num_classes)\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        words = ("train", "--model", "behind_net:net", "--epochs", "1", "--T", "2", "--data", few)
+        match = r"behind_net:net: cannot fold BN 'bn\.0'.*, or export without folding \(--no-fold-bn\), in float32"
+        with pytest.warns(RuntimeWarning, match=match):
+            output = printed(*words)
+        again = output.rpartition("next: tetdeploy ")[2].split()
+        assert again == ["export", ANY, "--T", "6", "--no-fold-bn", "--model", "behind_net:net"]
+        printed(*again, "--check", "9")
 
     def test_weights_of_half_precision_are_not_trained(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "half_net.py").write_text(
@@ -539,7 +568,8 @@ class TestCommands:
     def test_a_network_for_frames_is_checked_on_frames(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "frames_net.py").write_text(FRAMES_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
-        checked = Mock(return_value="the network fails at T=4: DefaultCPUAllocator: can't allocate memory")
+        lacking = "the network fails at T=4: DefaultCPUAllocator: can't allocate memory"
+        checked = Mock(return_value=preflight.Obstacle(lacking))
         monkeypatch.setattr("tetdeploy.export.preflight.why_not", checked)
         np.savez("frames.npz", images=np.zeros((20, 2, 1, 8, 8), np.uint8), labels=np.arange(20) % 2)
         options = ("train", "--data", "frames.npz", "--model", "frames_net:net", "--epochs", "1", "--T", "2")

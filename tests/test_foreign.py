@@ -248,6 +248,12 @@ def test_later_commands_ask_for_frames_as_the_authors_made_them(file: Path, tmp_
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
+def test_weights_of_which_no_name_is_known_are_no_checkpoint_of_the_authors(file: Path) -> None:
+    torch.save({"0.weight": torch.zeros(8, 3, 3, 3), "layer1.conv.weight": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="no checkpoint of the TET authors' code: .*, Porting a network,"):
+        import_checkpoint(file, "resnet19")
+
+
 def test_missing_unexpected_and_misshapen_keys_are_listed_at_once(file: Path) -> None:
     state = flat_state("resnet19")
     del state["layer2.0.bn1.seqbn.module.bias"]

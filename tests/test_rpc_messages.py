@@ -47,6 +47,13 @@ def test_a_message_has_no_more_fields_than_there_may_be() -> None:
         parse(made.SerializeToString(), SIZES)
 
 
+def test_numbers_in_the_place_of_another_datatype_are_named() -> None:
+    made = pb.ModelInferRequest()
+    made.inputs.add(name="x", datatype="UINT8", shape=[2]).contents.int_contents.extend([1, 2])
+    with pytest.raises(InvalidRequestError, match=r"^values of UINT8 belong into uint_contents; x has int_contents$"):
+        read_request(made)
+
+
 @pytest.mark.parametrize(("text", "read"), [("0.9", 0.9), ("1", 1.0), ("often", "often")])
 def test_a_threshold_may_come_as_text(text: str, read: float | str) -> None:
     made = request()

@@ -302,7 +302,8 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", body(shape=[1, -1, 8, 8]), 400, "no size may be negative"),
     ("step", body(shape=[1, 2**31, 8, 8]), 400, "or more than 2147483647"),
     ("step", body(shape=[10**18] * 1000), 400, "x has a shape of 1000 axes; there may be 8"),
-    ("step", body(shape=[2, 1, 8, 4]), 400, r"takes input of shape [N, 1, 8, 8], got [2, 1, 8, 4]"),
+    ("step", body(shape=[2, 1, 8, 4]), 400, "got data nested as [1, 1, 8, 8], whose rows are others"),
+    ("step", body(shape=[2, 1, 8, 4], data=[0] * 64), 400, r"takes input of shape [N, 1, 8, 8], got [2, 1, 8, 4]"),
     ("step", body(data=[[1, 2], [3]]), 400, "nested unevenly"),
     ("step", body(data=[0.5] * 64), 400, "must be numbers of uint8"),
     ("step", body(data=[256] * 64), 400, "must lie in 0..255"),
@@ -1090,5 +1091,13 @@ def test_a_long_string_among_numbers_takes_no_memory() -> None:
 
 def test_nested_numbers_are_read_in_any_nesting() -> None:
     x = np.arange(64, dtype=np.uint8).reshape(2, 4, 8)
-    for data in (x.tolist(), x.ravel().tolist(), x.reshape(8, 8).tolist()):
+    for data in (x.tolist(), x.ravel().tolist(), x.reshape(8, 8).tolist(), x.reshape(2, 1, 2, 2, 8).tolist()):
         np.testing.assert_array_equal(tensor("x", "UINT8", [2, 4, 8], numbers("x", data), x.dtype), x)
+
+
+def test_numbers_whose_nesting_is_of_another_order_are_refused() -> None:
+    """Of images with the channels last the values would come to stand in other places."""
+    x = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"shape \[2, 3, 8, 8\] got data nested as \[2, 8, 8, 3\], whose rows are oth"):
+        tensor("x", "UINT8", [2, 3, 8, 8], numbers("x", x.tolist()), x.dtype)
+    assert tensor("x", "UINT8", [0, 3, 8, 8], numbers("x", [[]]), x.dtype).shape == (0, 3, 8, 8)

@@ -60,6 +60,7 @@ def early_exit(
     from tetdeploy.early_exit import check_calibrated, load_rule
     from tetdeploy.early_exit.savings import measure
     from tetdeploy.report.early_exit import savings_shown
+    from tetdeploy.sweep import check_images
 
     engine = chosen.engine()
     note_other_checkpoint(engine)
@@ -75,6 +76,7 @@ def early_exit(
         )
     json_path = output_path(json_path, engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
+    check_images(engine, x, labels, T)
     note_replaced(json_path, name, len(x))
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
         result = measure(engine, x, labels, rule.exit, T, data=name, batch_size=batch_size, tick=tick)

@@ -99,7 +99,7 @@ def sweep(
     test set. Needs no torch.
     """
     from tetdeploy.picojoules import energy_constants
-    from tetdeploy.sweep import NUM_TIMED
+    from tetdeploy.sweep import NUM_TIMED, check_images
     from tetdeploy.sweep import sweep as measure
 
     if plot is not None:
@@ -116,6 +116,7 @@ def sweep(
     own = ac_pj is not None or mac_pj is not None
     constants = energy_constants(engine.precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None
     name, x, labels = load_inputs(engine, data, data_dir, limit)
+    check_images(engine, x, labels, max(wanted))
     note_replaced(json_path, name, len(x))
     with progress_bar("images") as bar:
         counted = bar.add_task(f"{engine.path.name} on {name}", total=len(x))

@@ -329,7 +329,8 @@ class _Job:
     train: LabelledSet
     val: LabelledSet | None
     begins: bool  # with weights that no run trained yet
-    exports: bool = True  # as far as is known
+    exports: bool = True  # as far as is known, as is the next
+    folds: bool = True
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -380,12 +381,14 @@ class _Job:
         pick_device(self.config.device)  # what is not there is refused at once
         with progress_bar() as bar:
             bar.add_task(f"can {config.model} be exported?", total=None)
-            reason = why_not(config, self.train.encoding, self.config.T)
-        if reason is None or lacks_memory(ValueError(reason)):
+            obstacle = why_not(config, self.train.encoding, self.config.T)
+        if obstacle is None or lacks_memory(ValueError(obstacle.reason)):
             return self
-        text = f"{config.model}: this network cannot be exported: {reason}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return replace(self, exports=False)
+        text = f"this network cannot be exported: {obstacle.reason}"
+        if obstacle.of_folding:
+            text = f"{obstacle.reason}, or export without folding (--no-fold-bn), in float32"
+        warnings.warn(f"{config.model}: {text}", RuntimeWarning, stacklevel=2)
+        return replace(self, exports=obstacle.of_folding, folds=False)
 
 
 def _refuse_half(network: nn.Module, model: str) -> None:
@@ -524,5 +527,5 @@ def _say_next(run: Path, job: _Job) -> None:
         say_next("evaluate", run, *job.own)
     elif not job.network["smooth_spike"]:
         steps = ("--T", 6) if job.train.encoding == "direct" else ()  # recordings were cut into the training's T frames
-        form = ("--precision", "int8") if job.config.qat else ("--fold-bn",)
+        form = ("--precision", "int8") if job.config.qat else ("--fold-bn" if job.folds else "--no-fold-bn",)
         say_next("export", run, *steps, *form, *job.own)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import operator
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,19 @@ def tensor(
     values = _cast(name, data, wanted) if isinstance(data, np.ndarray) else _raw(name, data, wanted)
     if values.size != math.prod(shape):
         raise ValueError(f"{name} of shape {shape} has {math.prod(shape)} values, got {values.size}")
+    if not _fits_into(values.shape, shape):
+        raise ValueError(
+            f"{name} of shape {shape} got data nested as {list(values.shape)}, whose rows are others; nest them alike, "
+            "or give them flat, the last axis fastest"
+        )
     return values.reshape(shape)
+
+
+def _fits_into(nested: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether one shape has the axes of the other, or some of them merged: images of [N, H, W, 3] are none of [N, 3, H,
+    W], though as many values."""
+    ends, wanted = ({*accumulate(sizes, operator.mul)} - {1} for sizes in (nested, shape))
+    return ends <= wanted or ends >= wanted
 
 
 def raw_bytes(values: Array) -> bytes:
@@ -215,7 +228,7 @@ def _cast(name: str, values: Array, wanted: np.dtype[Any]) -> Array:
     if wanted.kind == "u" and not (values.min() >= 0 and values.max() <= np.iinfo(wanted).max):
         raise ValueError(f"the data of {name} must lie in 0..{np.iinfo(wanted).max}")
     with np.errstate(over="ignore"):  # the engine refuses infinity with a better message
-        return values.astype(wanted).ravel()
+        return values.astype(wanted)
 
 
 def _kinds(data: list[Any]) -> set[type]:

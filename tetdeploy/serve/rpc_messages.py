@@ -121,7 +121,8 @@ def read_request(message: Any) -> InferRequest:
     """A `ModelInferRequest` that `check_tensors` let pass.
 
     Raises:
-        InvalidRequestError: a parameter has no value; an input has one other than its size, as in shared memory.
+        InvalidRequestError: a parameter has no value; an input has one other than its size, as in shared memory, or
+            numbers where those of another datatype belong.
     """
     for given in message.inputs:
         check_input_parameters(given.name, given.parameters)
@@ -139,6 +140,9 @@ def read_request(message: Any) -> InferRequest:
 
 def _numbers(given: Any) -> Array:
     field = _CONTENTS.get(given.datatype)
+    held = [found.name for found, _ in given.contents.ListFields()]
+    if field is not None and held and field not in held:
+        raise InvalidRequestError(f"values of {given.datatype} belong into {field}; {given.name} has {held[0]}")
     return numbers(given.name, [] if field is None else list(getattr(given.contents, field)))
 
 
