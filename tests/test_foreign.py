@@ -250,7 +250,7 @@ def test_later_commands_ask_for_frames_as_the_authors_made_them(file: Path, tmp_
 
 def test_weights_of_which_no_name_is_known_are_no_checkpoint_of_the_authors(file: Path) -> None:
     torch.save({"0.weight": torch.zeros(8, 3, 3, 3), "layer1.conv.weight": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match="no checkpoint of the TET authors' code: .*, Porting a network,"):
+    with pytest.raises(ValueError, match=r"no checkpoint of the TET authors' code: .*, Porting a network,"):
         import_checkpoint(file, "resnet19")
 
 
