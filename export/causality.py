@@ -261,7 +261,8 @@ def _same_step(
 
 
 def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[Tensor] = ()) -> ValueError:
-    """Why step t of T differs from a single step: random numbers, or what is carried from step to step."""
+    """Why step t of T differs from a single step: random numbers, statistics of the batch, which has the steps, or what
+    is carried from step to step."""
     try:
         draws, numbers, changed = _traces(double, x, T, others)
     except Exception:  # what a network keeps may be none that can be copied or compared
@@ -273,8 +274,8 @@ def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[
         )
     if batch := [name for name, layer in double.network.named_modules() if _takes_batch_statistics(layer)]:
         return ValueError(
-            f"the network mixes the images of a batch, and the steps: {shorten(batch)} normalises by the mean and "
-            "variance of the batch, in inference, too; keep track_running_stats of BN on"
+            f"the network mixes the images of a batch, and the steps: BN without running statistics ({shorten(batch)}) "
+            "takes those of the batch in inference, too; keep its track_running_stats on"
         )
     what_changed = f"; this run changed what is kept in {shorten(changed)}" if changed else ""
     return ValueError(

@@ -325,9 +325,13 @@ class TestCommands:
         said = "out.json, the result of 20 images of digits, will be replaced; another --json keeps both"
         for limit, told in (("20", False), ("20", False), ("10", True)):
             assert (said in printed("sweep", "--T", "1", "--limit", limit, "--json", "out.json")) is told
-        for junk in ("not json", "[]", "{}", '{"data": "digits", "num_samples": "many"}'):
+        for junk in ("{}", '{"data": "digits", "num_samples": "many"}'):
             Path("out.json").write_text(junk)
-            assert "will be replaced" not in invoke("sweep", "--T", "1", "--limit", "10", "--json", "out.json").output
+            assert "will be replaced" not in printed("sweep", "--T", "1", "--limit", "10", "--json", "out.json")
+        for junk in ("not json", "[]"):
+            Path("out.json").write_text(junk)
+            assert "out.json: it is there, and something else" in refused("sweep", "--T", "1", "--json", "out.json")
+        Path("out.json").write_text("{}")
         printed("sweep", "--T", "1", "--limit", "20", "--json", "out.json")
         np.savez("others.npz", images=np.zeros((5, 1, 8, 8), np.uint8), labels=np.full(5, 10))
         assert "will be replaced" not in refused("sweep", "--data", "others.npz", "--json", "out.json")
@@ -547,7 +551,7 @@ class TestCommands:
         )
         monkeypatch.syspath_prepend(str(tmp_path))
         words = ("train", "--model", "behind_net:net", "--epochs", "1", "--T", "2", "--data", few)
-        match = r"behind_net:net: cannot fold BN 'bn\.0'.*, or export without folding \(--no-fold-bn\), in float32"
+        match = r"behind_net:net: .* cannot be exported, unless without folding: cannot fold BN 'bn\.0': what comes"
         with pytest.warns(RuntimeWarning, match=match):
             output = printed(*words)
         again = output.rpartition("next: tetdeploy ")[2].split()

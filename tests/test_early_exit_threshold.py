@@ -650,6 +650,13 @@ def test_a_threshold_that_cannot_be_written_is_named(model: Path, held_out: Path
     assert not list(model.parent.glob(".*.tmp"))
 
 
+def test_a_result_that_stays_is_not_said_to_be_replaced(model: Path, held_out: Path, tmp_path: Path) -> None:
+    printed("calibrate", model, "--data", held_out, "--T", T)
+    printed("early-exit", model, "--data", held_out)
+    np.savez(tmp_path / "others.npz", images=digits().images[:5], labels=np.full(5, 10))
+    assert "will be replaced" not in refused("early-exit", model, "--data", tmp_path / "others.npz")
+
+
 @pytest.mark.parametrize("command", ["calibrate", "early-exit", "sweep"])
 def test_an_output_that_cannot_be_written_is_named_before_any_work(
     model: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch, command: str

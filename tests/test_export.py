@@ -1223,7 +1223,7 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (Exotic, ValueError, "torch.onnx cannot export an operation of the network: .*linalg_matrix_exp"),
     (Brightest, ValueError, r"mixes the images of a batch: the currents of neurons 'lif' for an .* axis 1 of \[T, N"),
     (BatchStatistics, ValueError, "mixes the images of a batch: the currents of neurons 'lif'"),
-    (WithoutRunningStatistics, ValueError, r"of a batch, and the steps: norm\.0 normalises by .* keep track_running"),
+    (WithoutRunningStatistics, ValueError, r"steps: BN without running statistics \(norm\.0\) takes .* keep its"),
     (Rolled, ValueError, "mixes the images of a batch: the currents of neurons 'lif'"),
     (NearlyAlone, ValueError, "mixes the images of a batch: the currents of neurons 'lif'"),
     (Centred, ValueError, "mixes the images of a batch: the logits for an image by itself differ"),

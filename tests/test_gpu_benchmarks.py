@@ -146,8 +146,7 @@ def test_memory_is_kept_for_the_side_that_says_so(
 
 
 class Answering:
-    """In place of a side's process: a millisecond an image, a failure from the second or third time on, or no
-    profiler."""
+    """In place of a side's process: a millisecond an image, a failure from some time on, or no profiler."""
 
     limits: ClassVar[list[float | None]] = []
 
@@ -157,7 +156,7 @@ class Answering:
 
     def ask(self, request: Any) -> Any:
         self.asked += 1
-        fails_at = {"SJ torch fp32": 2, "SJ triton fp32": 3}.get(self.side, 100)
+        fails_at = {"SJ torch fp32": 2, "SJ triton fp32": 3, "SJ triton bf16": 6}.get(self.side, 100)
         if self.asked >= fails_at or (self.side == "loop" and request == "profile"):
             self.failed = "why"
         if self.failed:
@@ -173,7 +172,9 @@ class Answering:
         pass
 
 
-def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_is_cut_leaves_what_it_knows(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     kept: list[dict[str, Any]] = []
     training, inference = module("training_step"), module("gpu_inference")
     for benchmark in (training, inference):
@@ -190,43 +191,44 @@ def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytes
     assert kept[-1]["sides"]["tetdeploy"] == medians | {"turns": 2} | profile
     assert kept[9]["floor"] == kept[-1]["floor"] == {"floor_ms": 2.0}  # before a profiler may fail
     kept.clear()
-    inference.measure(["eager fp32", "SJ torch fp32", "SJ triton fp32"], [1, 4], 1, kept.append)
+    found = ["eager fp32", "SJ torch fp32", "SJ triton fp32", "SJ triton bf16"]
+    inference.measure(found, [1, 4], 2, kept.append)
     of_one = {"median_ms": {1: 1.0}}
     eager, failed = {"eager fp32": of_one | {"agrees": 1.0}}, {"SJ torch fp32": {"failed": "why"}}
-    assert kept[1] == eager | failed | {"SJ triton fp32": of_one | {"agrees": 1.0}}
+    known = of_one | {"agrees": 1.0}
+    assert kept[1] == eager | failed | {"SJ triton fp32": known, "SJ triton bf16": known}
     assert kept[-1]["eager fp32"]["median_ms"] == {1: 1.0, 4: 4.0}
-    assert kept[-1]["SJ triton fp32"] == of_one | {"failed": "why"}
-
-
-def test_a_side_without_the_larger_batch_is_shown_with_the_smaller(
-    module: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sides = {"eager fp32": {"median_ms": {1: 2.0, 4: 3.0}}, "CUDA": {"failed": "no memory", "median_ms": {1: 7.0}}}
-    results = {"model": "m", "width": 1, "T": 2, "card": "a card", "sides": sides | {"TensorRT": {"failed": "why"}}}
-    module("gpu_inference").show(results, (1, 4))
+    assert kept[-1]["SJ triton fp32"] == {"failed": "why"}  # in the second turn of the smaller batch
+    assert kept[-1]["SJ triton bf16"] == known | {"failed": "why"}  # in that of the larger
+    results = {"model": "m", "width": 1, "T": 2, "card": "a card", "sides": kept[-1]}
+    inference.show(results, (1, 4))
     shown = capsys.readouterr().out
-    assert "7.00" in shown and "CUDA left out at batch 4: no memory" in shown and "TensorRT left out: why" in shown
+    assert re.search(r"SJ triton bf16 │ +1\.00 │ +│ +│ 100\.0% │", shown)
+    assert "SJ triton bf16 left out at batch 4: why" in shown and "SJ triton fp32 left out: why" in shown
 
 
-def test_a_side_that_fails_twice_alike_is_not_opened_again(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_side_that_only_ever_fails_alike_is_not_opened_again(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     neurons, opened = module("neurons"), []
 
     class Failing:
         failed = "no kernels"
 
-        def __init__(self, *given: Any) -> None:
-            opened.append(given[1])
+        def __init__(self, _: Any, side: str, *others: Any) -> None:
+            self.side = side
+            opened.append(side)
 
-        def ask(self, request: Any) -> Any:
-            return {"seconds": [1.0], "kept_bytes": 1} if self is ours else None
+        def ask(self, request: tuple[Any, int]) -> Any:
+            runs = self.side == "ours" or (self.side == "SpikingJelly torch" and request[0].dtype == "float32")
+            return {"seconds": [1.0], "kept_bytes": 1} if runs else None
 
-    ours = Failing(None, "ours")
-    workers = {"ours": ours, "SpikingJelly cuda": Failing(None, "SpikingJelly cuda")}
     monkeypatch.setattr(neurons, "Worker", Failing)
-    failed: dict[str, str] = {}
-    for case in list(neurons.cases("cpu")) * 2:
-        assert neurons.measure(case, "cpu", 1, workers, failed, 1).keys() == {"ours"}
-    assert opened == ["ours", "SpikingJelly cuda", "SpikingJelly cuda"] and list(workers) == ["ours"]
+    sides = ("ours", "SpikingJelly torch", "SpikingJelly cuda")
+    workers, never = {side: Failing(None, side) for side in sides}, dict.fromkeys(sides, "")
+    single, half = (neurons.Case("layer", (2, 3), dtype, False) for dtype in ("float32", "bfloat16"))
+    for case in (single, half, half, single):
+        found = neurons.measure(case, "cpu", 1, workers, never, 1)
+        assert list(found) == ["ours", "SpikingJelly torch"][: 1 + (case is single)]
+    assert opened == [*sides, sides[2], sides[1], sides[1]] and sorted(workers) == sorted(sides[:2])
 
 
 def test_pytorch_computes_fp32_without_tf32_and_the_table_says_so(

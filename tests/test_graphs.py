@@ -132,17 +132,18 @@ def test_a_run_with_graphs_is_the_run_without(
 
 
 class Compared(StepGraphs):
-    """Steps by graphs, each computed plainly as well, from the same weights: how far apart their gradients are."""
+    """Steps by graphs, each computed plainly as well, from the same weights: by what share of the plain ones gradients,
+    loss and right answers differ."""
 
     def __init__(self, graphs: StepGraphs) -> None:
         super().__init__(graphs._network)
-        self._replay, self.apart = graphs, list[float]()
+        self._replay, self.gradients, self.numbers = graphs, list[float](), list[float]()
 
     def __call__(self, key: Any, compute: Compute, x: Tensor, labels: Tensor) -> Tensor:
         parameters, buffers = [*self._network.parameters()], [*self._network.buffers()]
         before, kept = [b.clone() for b in buffers], [p.grad for p in parameters]
         self._network.zero_grad(set_to_none=True)
-        compute(x, labels)
+        wanted = compute(x, labels).clone()
         plain = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         for p, gradient in zip(parameters, kept, strict=True):
             p.grad = gradient
@@ -150,7 +151,8 @@ class Compared(StepGraphs):
             buffer.copy_(value)
         numbers = self._replay(key, compute, x, labels)
         replayed = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        self.apart.append(((replayed - plain).norm() / plain.norm()).item())
+        self.gradients.append(((replayed - plain).norm() / plain.norm()).item())
+        self.numbers.append(((numbers - wanted).norm() / wanted.norm()).item())
         return numbers
 
 
@@ -160,9 +162,8 @@ class Compared(StepGraphs):
 def test_every_step_with_graphs_is_the_step_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str, changes: dict[str, Any]
 ) -> None:
-    """Gradients of other images, labels or weights are 0.9 to 1.7 apart. So are those after a spike that flips, which
-    kernels that add in another order do now and then: in a quarter of the steps at most. Other roundings are 2e-6 apart
-    in float32 and 1e-2 in bfloat16."""
+    """Gradients of other images, labels or weights are 0.9 to 1.7 apart, those of other roundings 2e-6 in float32 and
+    1e-2 in bfloat16. On a GPU, whose kernels may add in another order, a spike that flips is allowed in three steps."""
     made: list[Compared] = []
 
     def make(network: nn.Module) -> Compared:
@@ -175,9 +176,9 @@ def test_every_step_with_graphs_is_the_step_without(
         monkeypatch.setattr(torch.cuda, "device", nullcontext)
     config = settings(device=device, precision=precision, **changes)
     train(classifier(), TRAIN, VAL, config, tmp_path, progress=False, how=How(cuda_graphs=True))
-    apart = sorted(made[0].apart)
-    assert len(apart) == 15
-    assert apart[11] < 0.1, apart
+    for apart, most in ((made[0].gradients, 0.1), (made[0].numbers, 1e-3)):
+        assert len(apart) == 15
+        assert not any(apart) if device == "cpu" else sorted(apart)[11] < most, apart
 
 
 def test_nothing_of_a_steps_autograd_graph_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -650,17 +650,16 @@ class TestCommand:
         assert "Error: the labels of digits do not match the model's" in output and "other knows" in output
 
     @pytest.mark.parametrize(
-        ("arguments", "message"),
+        ("arguments", "code", "message"),
         [
-            (["--out", "fig2.npz", "--plot", "fig2.npz"], "--out and --plot would be one file, fig2.npz"),
-            (["--out", "l4.txt"], "cannot write l4.txt: its name must end in .npz; choose another with --out"),
-            (["--out", "l3.npz", "--json", "runs/../l3.npz"], "cannot write runs/../l3.npz: JSON has no name in .npz"),
-            (["--out", "l.npz", "--plot", "l.pdf", "--json", "l.pdf"], "--plot and --json would be one file, l.pdf"),
-            (["--json", "-"], "cannot write -: a result goes to a file, not to the terminal; choose another with"),
+            (["--out", "fig2.npz", "--plot", "fig2.npz"], 2, "--out and --plot would be one file, fig2.npz"),
+            (["--out", "l4.txt"], 1, "cannot write l4.txt: its name must end in .npz; choose another with --out"),
+            (["--out", "l3.npz", "--json", "runs/../l3.npz"], 1, "write runs/../l3.npz: JSON has no name in .npz"),
+            (["--out", "l.npz", "--plot", "l.pdf", "--json", "l.pdf"], 2, "--plot and --json would be one file, l.pdf"),
+            (["--json", "-"], 1, "cannot write -: a result goes to a file, not to the terminal; choose another with"),
         ],
     )
-    def test_outputs_that_would_be_lost(self, runs: Path, arguments: list[str], message: str) -> None:
-        code = 2 if "would be one file" in message else 1
+    def test_outputs_that_would_be_lost(self, runs: Path, arguments: list[str], code: int, message: str) -> None:
         assert message in refused(*COMMAND, "runs/sdt", "--radius", "1", *arguments, code=code)
         assert {path.name for path in runs.parent.iterdir()} == {"runs"}
 

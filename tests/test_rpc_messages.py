@@ -50,7 +50,7 @@ def test_a_message_has_no_more_fields_than_there_may_be() -> None:
 def test_numbers_in_the_place_of_another_datatype_are_named() -> None:
     made = pb.ModelInferRequest()
     made.inputs.add(name="x", datatype="UINT8", shape=[2]).contents.int_contents.extend([1, 2])
-    with pytest.raises(InvalidRequestError, match=r"^values of UINT8 belong into uint_contents; x has int_contents$"):
+    with pytest.raises(InvalidRequestError, match=r"^x has int_contents; put values of UINT8 into uint_contents$"):
         read_request(made)
 
 

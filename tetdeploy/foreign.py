@@ -278,10 +278,10 @@ def _check_architecture(tensors: Mapping[str, Tensor], arch: str, path: Path | s
     for other in ARCHITECTURES:
         if other != arch and set(tensors) == {name for names in their_names(other).values() for name in names}:
             raise ValueError(f"{path} holds a {other}, not a {arch}; import it with --arch {other}")
-    if not set(tensors) & {name for names in their_names(arch).values() for name in names}:
+    if not set(tensors) & {name for of in ARCHITECTURES for names in their_names(of).values() for name in names}:
         raise ValueError(
-            f"{path} is no checkpoint of the TET authors' code: not one name of its {arch} is in it; docs/training.md, "
-            "Porting a network, says how weights of other frameworks are taken over"
+            f"{path} is no checkpoint of the TET authors' code: not one of its tensors has a name of theirs; "
+            "docs/training.md, Porting a network, says how weights of other frameworks are taken over"
         )
 
 

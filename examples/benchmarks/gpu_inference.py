@@ -164,7 +164,8 @@ def export_all(sides: list[str], folder: Path, T: int, device: str) -> None:
 def measure(
     sides: list[str], sizes: tuple[int, ...], turns: int, keep: Callable[[dict[str, Any]], None], *arguments: Any
 ) -> None:
-    """By side {"median_ms": {batch: ms}, "agrees"}, or "failed", why. Sides are opened one after the other.
+    """By side {"median_ms": {batch: ms}, "agrees"}; of one that fails "failed", why, beside the medians of smaller
+    batches. Sides are opened one after the other.
 
     `keep` gets what is known so far after each round: a call that is cut leaves that.
     """
@@ -175,9 +176,11 @@ def measure(
         for number in range(turns + 1):
             for side, worker in workers.items():
                 answer = worker.ask(size)
-                if answer is not None:
-                    classes[side] = answer["classes"]
-                if answer is not None and number > 0:  # the first turn warms up
+                if answer is None:  # nor are the turns before of this size a median
+                    taken[side].pop(size, None)
+                    continue
+                classes[side] = answer["classes"]
+                if number > 0:  # the first turn warms up
                     taken[side].setdefault(size, []).extend(answer["ms"])
             keep({side: found(worker, taken[side], classes, side) for side, worker in workers.items()})
     for worker in workers.values():

@@ -146,11 +146,12 @@ def open_side(side: str, device: str, threads: int) -> Answer:
 
 
 def measure(
-    case: Case, device: str, threads: int, workers: dict[str, Worker], failed: dict[str, str], repeats: int
+    case: Case, device: str, threads: int, workers: dict[str, Worker], never: dict[str, str], repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Of each side that runs {"seconds", "kept_bytes"}; the first turn warms up.
 
-    A side that fails as it did last, by `failed`, leaves `workers`: to open it for every case takes seconds each.
+    `never` has the sides that have answered nothing yet, and why they failed last, if they did: one that fails so again
+    leaves `workers`, since to open it for every case takes seconds each.
     """
     found: dict[str, dict[str, Any]] = {}
     able = list(workers)
@@ -164,10 +165,13 @@ def measure(
                 print(f"{side} does not run on {case}: {reason}")
                 able.remove(side)
                 found.pop(side, None)
-                if failed.get(side) != reason:
+                if never.get(side) != reason:
                     workers[side] = Worker(open_side, side, device, threads)  # for the next case
-                failed[side] = reason
-            elif turn:
+                if side in never:
+                    never[side] = reason
+                continue
+            never.pop(side, None)
+            if turn:
                 found.setdefault(side, {"seconds": []})["seconds"] += answer["seconds"]
                 found[side]["kept_bytes"] = answer["kept_bytes"]
     return {side: {**values, "seconds": statistics.median(values["seconds"])} for side, values in found.items()}
@@ -189,9 +193,9 @@ def main(device: str, threads: int, repeats: int, json_path: Path | None) -> Non
         table.add_column(column, justify="left" if column == "layer" else "right")
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {"device": where, "threads": threads, "repeats": repeats, "rows": rows}
-    failed: dict[str, str] = {}
+    never = dict.fromkeys(sides, "")
     for case in cases(device):
-        found = measure(case, device, threads, workers, failed, repeats)
+        found = measure(case, device, threads, workers, never, repeats)
         took = {side: values["seconds"] for side, values in found.items()}
         kept = {side: found[side]["kept_bytes"] for side in ("loop", "ours")}
         ratio = took["loop"] / took["ours"]

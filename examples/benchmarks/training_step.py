@@ -10,11 +10,11 @@ with TET's loss and SGD, each in a process of its own on the same device: Spikin
 (`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails says why and takes nothing with it. The sides take turns; times
 are medians, on a card of CUDA events round a step. `gradient` is the norm of the first step's gradients, from the same
 weights: in fp32 a side with another one than ours is left out of the ratios (not the ANN, which is another network). In
-16 bits the loop rounds membranes that we keep in float32, as SpikingJelly's Triton kernels do, which fire at the
-threshold, too; spikes flip. There a ratio only says by how much the norm differs, and `--precision fp32` shows that the
-networks are the same. Memory is what PyTorch had allocated at most once cuDNN had tried its algorithms; of graphs,
-whose memory stays theirs between replays, what it had reserved, which is more; on a CPU what the process had at most.
-Ratios take the fastest of a kind, for memory the loop that needs least.
+16 bits the loop rounds membranes and spikes flip; our kernels and SpikingJelly's in Triton keep them in float32, and
+theirs fire at the threshold, too. There a ratio only says by how much the norm differs, and `--precision fp32` shows
+that the networks are the same. Memory is what PyTorch had allocated at most once cuDNN had tried its algorithms; of
+graphs, whose memory stays theirs between replays, what it had reserved, which is more; on a CPU what the process had at
+most. Ratios take the fastest of a kind, for memory the loop that needs least.
 
     \b
     loop             LIF as a loop of PyTorch operations over T, contiguous (peers.py)
@@ -258,10 +258,11 @@ def measure(
     keep: Callable[[dict[str, Any]], None],
     limit_s: float = LIMIT_S,
 ) -> None:
-    """ "sides", each with "median_ms", "peak_mb" and "profile_ms" (or "not_profiled"), or with "failed"; and "floor".
+    """The "floor", and "sides", each with "median_ms", "peak_mb", "first_gradient", "turns" and "profile_ms" (or
+    "not_profiled"), or with "failed".
 
-    `keep` gets what is known so far after each answer: a call that is cut leaves that, of a side without a turn yet the
-    one that warmed it up.
+    `keep` gets what is known so far after each answer, which a call that is cut leaves. "turns" counts those that it is
+    of; with 0 it is of the turn that warms up, until there is another.
     """
     workers = {side: Worker(open_side, side, case, threads, limit_s=limit_s) for side in sides}
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}

@@ -384,10 +384,8 @@ class _Job:
             obstacle = why_not(config, self.train.encoding, self.config.T)
         if obstacle is None or lacks_memory(ValueError(obstacle.reason)):
             return self
-        text = f"this network cannot be exported: {obstacle.reason}"
-        if obstacle.of_folding:
-            text = f"{obstacle.reason}, or export without folding (--no-fold-bn), in float32"
-        warnings.warn(f"{config.model}: {text}", RuntimeWarning, stacklevel=2)
+        text = "this network cannot be exported" + ", unless without folding" * obstacle.of_folding
+        warnings.warn(f"{config.model}: {text}: {obstacle.reason}", RuntimeWarning, stacklevel=2)
         return replace(self, exports=obstacle.of_folding, folds=False)
 
 

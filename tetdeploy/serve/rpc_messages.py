@@ -142,7 +142,7 @@ def _numbers(given: Any) -> Array:
     field = _CONTENTS.get(given.datatype)
     held = [found.name for found, _ in given.contents.ListFields()]
     if field is not None and held and field not in held:
-        raise InvalidRequestError(f"values of {given.datatype} belong into {field}; {given.name} has {held[0]}")
+        raise InvalidRequestError(f"{given.name} has {held[0]}; put values of {given.datatype} into {field}")
     return numbers(given.name, [] if field is None else list(getattr(given.contents, field)))
 
 
