@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.arguments import check_count, check_flags
 from tetdeploy.data import Encoding
+from tetdeploy.steps import MAX_T
 
 Layout = Literal["unrolled", "dynamic", "step"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -45,9 +46,9 @@ class ExportConfig:
         target: where the graph is to run; says which precisions there are.
 
     Raises:
-        ValueError: a name is unknown, T or trained_T is no whole number from 1 on, a flag is none, or things do not go
-            together: the target and the precision, a precision below float32 and BN that is not folded, with_state and
-            another layout.
+        ValueError: a name is unknown, T or trained_T is no whole number from 1 to 1024, a flag is none, or things do
+            not go together: the target and the precision, a precision below float32 and BN that is not folded,
+            with_state and another layout.
     """
 
     layout: Layout = "unrolled"
@@ -73,6 +74,8 @@ class ExportConfig:
             raise ValueError(f"unknown encoding {self.encoding!r}; choose direct or frames")
         for name in ("T", "trained_T"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
+            if getattr(self, name) > MAX_T:
+                raise ValueError(f"{name} must be at most {MAX_T}, got {getattr(self, name)}")
         if self.with_state and self.layout != "unrolled":
             raise ValueError(
                 f"--with-state goes with --layout unrolled; a {self.layout} graph "

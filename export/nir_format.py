@@ -24,13 +24,14 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from tetdeploy.arguments import check_count
 from tetdeploy.data import Encoding
 from tetdeploy.folding import (
     DROPOUT,
@@ -41,7 +42,7 @@ from tetdeploy.folding import (
     parameter,
     remedy_of_computed,
 )
-from tetdeploy.networks import Classifier
+from tetdeploy.networks import Classifier, check_classifier
 from tetdeploy.storage.files import atomic_write
 from tetdeploy.storage.form import as_json
 from tetdeploy.storage.model_file import METADATA_KEY
@@ -91,12 +92,17 @@ def export_nir(
         source: what the network was made from, kept in the metadata.
 
     Raises:
-        ValueError: NIR has no node for a part of the network, which the message names. Nothing is written then.
+        ValueError: NIR has no node for a part of the network, which the message names; `classifier` is none, trained_T
+            no whole number of at least 1, or the encoding unknown. Nothing is written then.
         MissingExtraError: the package nir is not installed, or too old.
         OSError: the folder cannot be written.
     """
     nir = _import_nir()
     path = Path(path)
+    check_classifier(classifier)
+    trained_T = check_count("trained_T", trained_T)
+    if encoding not in get_args(Encoding):
+        raise ValueError(f"unknown encoding {encoding!r}; choose direct or frames")
     graph, num_folded = nir_graph(classifier.eval(), encoding=encoding)
     graph.metadata = {METADATA_KEY: json.dumps(_describe(classifier, trained_T, encoding, source))}
     file = io.BytesIO()  # HDF5 ends the process where it cannot close a file, as on a full disk

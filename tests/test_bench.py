@@ -137,6 +137,12 @@ def test_seconds_end_it_but_every_setting_has_a_turn(model: Path, clocked: Any) 
     assert clock.now - begun == 6.0 and shares == [turn / 8 for turn in range(8)]
 
 
+def test_numbers_of_numpy_are_written_as_json(model: Path) -> None:
+    bench = Bench(model, batches=np.array([1, 2]), threads=np.array([1]), steps=(np.int64(2),))  # type: ignore[arg-type]
+    bench.run(random_input(bench.engine, 2), repeats=1)
+    assert [row["batch"] for row in json.loads(json.dumps(bench.to_dict("noise")))["rows"]] == [1, 2]
+
+
 def test_real_calls(model: Path) -> None:
     timing = Bench(model, batches=[1, 32], threads=[1], steps=[8])
     timing.run(random_input(timing.engine, 8), repeats=10)

@@ -100,6 +100,19 @@ def test_round_trip_gives_the_same_logits_and_settings(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(images, 5), classifier.eval()(images, 5), rtol=0, atol=0)
 
 
+def test_a_callers_defaults_and_random_numbers_play_no_part(saved: Path) -> None:
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            loaded = tetdeploy.load(saved)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {(p.device.type, p.dtype) for p in loaded.parameters()} == {("cpu", torch.float32)}
+    assert loaded.mean.device.type == "cpu"
+
+
 def test_a_run_folder_stands_for_its_checkpoint(saved: Path) -> None:
     assert read_metadata(saved.parent) == read_metadata(saved)
     assert load(saved.parent).config == load(saved).config

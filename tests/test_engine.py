@@ -769,6 +769,13 @@ def test_state_may_be_saved_and_put_back(options: dict[str, Any]) -> None:
         np.testing.assert_array_equal(other.push(x[:, t]).step_logits, wanted)
 
 
+def test_what_is_written_into_a_state_is_not_the_streams() -> None:
+    stream = engine("step").stream()
+    for u in stream.state.values():
+        u[:] = np.nan
+    assert all((u == 0).all() for u in stream.state.values())
+
+
 def test_a_saved_state_does_not_change_as_the_stream_goes_on() -> None:
     stream = engine("step").stream()
     stream.push(images(1))

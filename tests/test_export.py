@@ -1882,6 +1882,7 @@ def test_tokens_may_be_merged_elsewhere(layout: str, tmp_path: Path) -> None:
     ({"layout": "rolled"}, "unknown layout 'rolled'; choose one of unrolled, dynamic, step"),
     ({"encoding": "rate"}, "unknown encoding 'rate'; choose direct or frames"),
     ({"T": 0}, "T must be at least 1, got 0"),
+    ({"T": 1025}, "T must be at most 1024, got 1025"),
     ({"T": 2.5}, r"T must be a whole number, got 2\.5"),
     ({"T": True}, "T must be a whole number, got True"),
     ({"trained_T": -1}, "trained_T must be at least 1, got -1"),
@@ -2024,6 +2025,15 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
         export_convsnn(tmp_path / "m.onnx", ExportConfig(T=4), digits().images[:9])
     tmp_path.chmod(0o755)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_callers_autocast_is_not_in_the_graph(tmp_path: Path) -> None:
+    config, images = ExportConfig(T=2), digits().images[:9]
+    export_model(convsnn(), tmp_path / "alone.onnx", config, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        export_model(convsnn(), tmp_path / "within.onnx", config, images)
+    one, other = (Engine(tmp_path / f"{name}.onnx").run(images).per_step for name in ("alone", "within"))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_the_same_network_again_is_the_same_file(tmp_path: Path) -> None:

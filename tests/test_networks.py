@@ -469,6 +469,9 @@ def test_a_classifier_knows_its_images_and_keeps_normalisation_out_of_the_weight
         ({"mean": (0.5,)}, "mean and std must have 3 values each, got 1 and 3"),
         ({"std": (0.5, 0.5)}, "mean and std must have 3 values each, got 3 and 2"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be above 0 in every channel, got"),
+        ({"std": (0.5, math.nan, 0.5)}, "std must be above 0 in every channel, got"),
+        ({"std": (0.5, math.inf, 0.5)}, "mean and std must be finite, got"),
+        ({"mean": (0.5, math.nan, 0.5)}, "mean and std must be finite, got"),
         ({"class_names": ("cat",)}, "2 classes need as many names, got 1"),
     ],
 )

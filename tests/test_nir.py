@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from command_helpers import invoke, printed, refused
-from export_helpers import digits
+from export_helpers import convsnn, digits
 from run_helpers import small_files
 from torch import Tensor, nn
 from zoo_helpers import classifier_of
@@ -485,6 +485,21 @@ def test_an_image_may_be_shown_in_several_ways(show: Callable[[Tensor, int], Ten
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trained_T": 0}, "trained_T must be at least 1, got 0"),
+        ({"trained_T": "4"}, "trained_T must be a whole number, got '4'"),
+        ({"trained_T": 4, "encoding": "images"}, "unknown encoding 'images'; choose direct or frames"),
+        ({"trained_T": 4, "classifier": nn.Identity()}, "classifier must be a Classifier, got Identity"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_nir(**{"classifier": convsnn(), "path": tmp_path / "m.nir"} | options)
+    assert not (tmp_path / "m.nir").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -335,6 +335,9 @@ def test_the_device_is_named(tmp_path: Path) -> None:
     path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
     with pytest.raises(ValueError, match="runs on an NVIDIA GPU only, got device 'cpu'; choose device tensorrt"):
         open_engine(path)
+    for none, got in ((None, "None"), (b"x", "1 bytes")):
+        with pytest.raises(ValueError, match=f"model must be the path of an .onnx or .engine file, got {got}"):
+            open_engine(none)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is a TensorRT engine; here the \.onnx file"):
         Engine(path)
 

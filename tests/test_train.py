@@ -14,7 +14,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,7 @@ def interrupt_at(count: int) -> Callable[[int], None]:
         ({"precision": "int8"}, "unknown precision 'int8'; choose one of auto, fp32, bf16, fp16"),
         ({"qat": "no"}, "qat must be True or False, got 'no'"),
         ({"device": "tpu"}, "unknown device 'tpu'; choose auto, cpu, cuda"),
+        ({"device": None}, "unknown device None; choose auto, cpu, cuda"),
         ({"batch_size": 2**63}, "batch_size is 9223372036854775808; .* at most 9223372036854775807"),
     ],
 )
@@ -781,6 +784,25 @@ def test_a_callers_autocast_does_not_hold_weights_back(tmp_path: Path) -> None:
     assert metrics(tmp_path / "within") == metrics(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("mode", [partial(torch.autocast, "cpu", torch.bfloat16), torch.no_grad, torch.inference_mode])
+def test_a_callers_modes_change_nothing(mode: Callable[[], AbstractContextManager[Any]], tmp_path: Path) -> None:
+    """Linear layers run backward in half precision under autocast, whatever forward ran in."""
+    classifier = toy()
+    run(tmp_path / "alone")
+    with mode():
+        run(tmp_path / "within", classifier)
+    assert metrics(tmp_path / "within") == metrics(tmp_path / "alone")
+
+
+def test_evaluation_leaves_each_module_in_its_mode() -> None:
+    classifier = toy().train()
+    frozen = next(module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    before = [module.training for module in classifier.modules()]
+    evaluate(classifier, torch.tensor(VAL.images), torch.tensor(VAL.labels), T=2)
+    assert [module.training for module in classifier.modules()] == before
+
+
 def test_evaluation_does_not_depend_on_the_batches_and_keeps_the_mode() -> None:
     classifier = toy().train()
     images, labels = torch.tensor(VAL.images), torch.tensor(VAL.labels)
@@ -1222,6 +1244,24 @@ def test_a_run_goes_on_by_the_link_latest(tmp_path: Path) -> None:
     result = run(tmp_path / "latest", resume=True, runs=tmp_path)
     assert not result.interrupted and result.out == tmp_path / "one"
     assert (tmp_path / "latest").readlink() == Path("one")
+
+
+def test_seeds_of_numpy_and_folders_named_by_text(tmp_path: Path) -> None:
+    out = str(tmp_path / "several")
+    seeds: Any = np.arange(2)
+    result = train_seeds(
+        lambda seed: toy(seed=seed), TRAIN, VAL, settings(), seeds, out, runs=str(tmp_path), progress=False
+    )
+    assert [run.out.name for run in result.runs] == ["seed-0", "seed-1"]
+    assert json.loads((tmp_path / "several" / "config.json").read_text())["seeds"] == [0, 1]
+
+
+def test_weights_made_in_inference_mode_are_refused(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        classifier = toy()
+    with pytest.raises(ValueError, match=r"made within torch\.inference_mode\(\) cannot be trained"):
+        run(tmp_path / "run", classifier)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kept", ["a link", "a folder"])

@@ -68,13 +68,7 @@ class Bench:
         cuda_graphs: bool = False,
     ) -> None:
         bounds = (("batch", batches, MAX_SIZE), ("threads", threads, MOST_THREADS), ("T", steps, MAX_SIZE))
-        for name, numbers, most in bounds:
-            if not numbers and name != "T":
-                raise ValueError(f"{name}: there is nothing to time; give one number or more")
-            if any(check_whole(name, number) < 1 for number in numbers):
-                raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
-            if any(number > most for number in numbers):
-                raise ValueError(f"{name} must be at most {most}, got {max(numbers)}")
+        batches, threads, steps = (_checked(name, numbers, most) for name, numbers, most in bounds)
         self._load = load_average()
         self.engines: dict[int, Engine] = {}
         self.load_ms: dict[int, float] = {}
@@ -159,6 +153,18 @@ class Bench:
             "machine": machine(self.engine) | {"load": self._load},
             "rows": self.rows,
         } | engine_provenance(self.engine)
+
+
+def _checked(name: str, numbers: Sequence[int], most: int) -> tuple[int, ...]:
+    """Numbers of a setting as those of Python, which JSON holds; of T there may be none."""
+    checked = tuple(check_whole(name, number) for number in numbers)
+    if not checked and name != "T":
+        raise ValueError(f"{name}: there is nothing to time; give one number or more")
+    if min(checked, default=1) < 1:
+        raise ValueError(f"{name} must be at least 1, got {min(checked)}")
+    if max(checked, default=1) > most:
+        raise ValueError(f"{name} must be at most {most}, got {max(checked)}")
+    return checked
 
 
 def _row(setting: Setting, seconds: Sequence[float]) -> dict[str, Any]:

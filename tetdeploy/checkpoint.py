@@ -143,7 +143,7 @@ def save_checkpoint(
 
 
 def load(path: Path | str | Checkpoint, *, network: nn.Module | None = None) -> Classifier:
-    """The trained classifier of a checkpoint, on the CPU and in eval mode.
+    """The trained classifier of a checkpoint, on the CPU and in eval mode; torch's random numbers stay as they were.
 
     Args:
         path: a checkpoint, a run folder that holds one, or a folder of shards (`tetdeploy train --shards-mb`; the
@@ -160,12 +160,17 @@ def load(path: Path | str | Checkpoint, *, network: nn.Module | None = None) -> 
         ValueError: not a checkpoint of ours, truncated, or a pickle; the weights do not fit the network, or one is NaN;
             `network` is not an `nn.Module`.
     """
-    import_extra("torch", "train")
+    torch = import_extra("torch", "train")
     from tetdeploy.networks import Classifier, build_network
 
     checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
     config, arguments = _classifier_arguments(checkpoint.metadata, checkpoint.file)
-    classifier = Classifier(build_network(config) if network is None else network, config=config, **arguments)
+    if network is None:
+        # whatever torch's default device and dtype are; weights that are replaced draw nothing of the caller's
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            classifier = Classifier(build_network(config).float(), config=config, **arguments)
+    else:
+        classifier = Classifier(network, config=config, **arguments)
     load_weights(classifier, checkpoint)
     return classifier.eval()
 

@@ -501,6 +501,7 @@ def open_engine(
     Raises:
         ValueError: the device is not one that the file can run on; otherwise as these two do.
     """
+    check_path("model", model, "an .onnx or .engine file")
     if Path(model).suffix != ".engine":
         return Engine(model, device=device, threads=threads, runtime=runtime)
     check_runtime(runtime, device)

@@ -42,8 +42,8 @@ class Stream:
 
     Attributes:
         t: steps since the last reset.
-        state: every membrane by its input's name, `u.<neurons> [N, ...]` float32; may be saved and put back. Another
-            set of names, shape or dtype, and NaN or infinite values, raise ValueError.
+        state: a copy of every membrane by its input's name, `u.<neurons> [N, ...]` float32; may be saved and put back.
+            Another set of names, shape or dtype, and NaN or infinite values, raise ValueError.
     """
 
     def __init__(self, engine: Engine, batch: int, session: Any = None) -> None:
@@ -65,7 +65,7 @@ class Stream:
 
     @property
     def state(self) -> dict[str, Array]:
-        return {name: np.asarray(u) for name, u in self._u.items()}  # they may lie on a GPU
+        return {name: np.array(u) for name, u in self._u.items()}  # they may lie on a GPU
 
     @state.setter
     def state(self, state: Mapping[str, Array]) -> None:

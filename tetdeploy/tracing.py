@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from io import StringIO
 from typing import Any
@@ -151,6 +151,19 @@ def reason(error: Exception) -> str:
         return MAKES_NUMBERS
     known = [why for sign, why in _GUARDS.items() if re.search(f"generated guard .*{sign}", line)]
     return ": ".join([*known, line])
+
+
+@contextmanager
+def callers_modes_off() -> Iterator[None]:
+    """Within it gradients are kept and nothing is cast, whatever surrounds the call. Under a caller's autocast a trace
+    holds casts, and the backward pass of linear layers runs in half precision, whatever forward ran in."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def check_device(name: str) -> None:
     Raises:
         ValueError: it is none of auto, cpu, cuda and cuda:<number>.
     """
-    if name not in ("auto", "cpu", "cuda") and not name.removeprefix("cuda:").isdecimal():
+    is_text = isinstance(name, str)  # a torch.device is none
+    if not is_text or (name not in ("auto", "cpu", "cuda") and not name.removeprefix("cuda:").isdecimal()):
         raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:<number>")
 
 

@@ -35,6 +35,8 @@ def build_optimizer(network: nn.Module, config: TrainConfig, *, scaled: bool) ->
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError(f"the network {type(network).__name__} has no parameter that can be trained")
+    if any(parameter.is_inference() for parameter in parameters):
+        raise ValueError("weights made within torch.inference_mode() cannot be trained; make the network outside it")
     fused = parameters[0].is_cuda
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, fused=fused and not scaled)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdeploy.arguments import check_flag, check_type
+from tetdeploy.arguments import check_flag, check_type, check_whole
 from tetdeploy.data import LabelledSet
 from tetdeploy.networks import Classifier, check_classifier
 from tetdeploy.storage.files import write_json
@@ -79,7 +79,7 @@ def train_seeds(
     *,
     recipe: str | None = None,
     resume: bool = False,
-    runs: Path | None = None,
+    runs: Path | str | None = None,
     progress: bool | None = None,
     board: bool = False,
     workers: int | None = None,
@@ -107,8 +107,10 @@ def train_seeds(
         OSError: see `train`.
     """
     out, ranks, how = without_latest(Path(out)), current_ranks(), how or How()
+    runs = None if runs is None else Path(runs)
+    seeds = [check_whole("seed", seed) for seed in seeds]  # JSON holds none of NumPy's
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
+        raise ValueError(f"seeds are {seeds}; give at least one, and none twice")
     check_type("config", config, TrainConfig)
     check_flag("resume", resume)  # the other flags are left to `train`
     if resume:  # those before come first: what is finished stays in the summary
@@ -119,7 +121,7 @@ def train_seeds(
     check_sets(train_set, val_set)
     made = {seed: fresh.classifier(seed) for seed in seeds[:2]}  # the same one twice is refused before any training
     settings = run_settings(made[seeds[0]], train_set, val_set, configs[seeds[0]])
-    settings |= {"seeds": list(seeds)}
+    settings |= {"seeds": seeds}
     options: dict[str, Any] = {"how": how, "progress": progress, "board": board, "workers": workers}
     console = StandardOutput(quiet=progress is False or not ranks.writes)
     results: list[TrainResult] = []

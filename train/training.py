@@ -18,6 +18,7 @@ from tetdeploy.data import LabelledSet
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, warn_of_other_code
 from tetdeploy.storage.files import lacks_temporary_folder
 from tetdeploy.storage.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME, without_latest
+from tetdeploy.tracing import callers_modes_off
 
 from .board import check_board
 from .config import How, TrainConfig
@@ -81,7 +82,7 @@ def train(
     out: Path | str,
     *,
     resume: bool = False,
-    runs: Path | None = None,
+    runs: Path | str | None = None,
     progress: bool | None = None,
     board: bool = False,
     workers: int | None = None,
@@ -128,6 +129,7 @@ def train(
         OSError: something cannot be written; earlier files are as they were.
     """
     start, out, how = time.perf_counter(), without_latest(Path(out)), how or How()
+    runs = None if runs is None else Path(runs)
     check_type("config", config, TrainConfig)
     check_type("how", how, How)
     for name, flag in (("resume", resume), ("board", board)):
@@ -149,7 +151,7 @@ def train(
             if board:
                 check_board(out)
             settings, restart = _settings(task, how, init, restart_from, resume=resume, runs=None if finished else runs)
-        with _explained(task, how):
+        with _explained(task, how), callers_modes_off():
             session = prepare(task, settings=settings, resume=resume, workers=workers, how=how)
             if how.shard_bytes is not None:
                 check_shards(session, how.shard_bytes)

@@ -29,7 +29,7 @@ def evaluate(
     batch_size: int = 256,
     loss: Loss = total_loss,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy (the mean logits decide) in eval mode; the classifier's mode is put back afterwards.
+    """Mean loss and accuracy (the mean logits decide) in eval mode; each module's mode is put back afterwards.
 
     Args:
         classifier, T: see `measure`.
@@ -129,13 +129,14 @@ def noting_silence(classifier: Classifier) -> Iterator[list[str]]:
 @contextmanager
 def _evaluation(classifier: Runnable, precision: str) -> Iterator[torch.device]:
     """Within it the classifier is in eval mode, and nothing is kept for gradients; gives its device."""
-    was_training, device = classifier.training, classifier.mean.device
+    modes, device = [(module, module.training) for module in classifier.modules()], classifier.mean.device
     classifier.eval()
     try:
         with torch.inference_mode(), autocast(device, precision):
             yield device
     finally:
-        classifier.train(was_training)
+        for module, training in modes:  # each its own: BN may be frozen in a network that is trained
+            module.training = training
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

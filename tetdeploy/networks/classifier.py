@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,8 +59,8 @@ class Classifier(nn.Module):
 
     Raises:
         ValueError: `network` is no module, or another twin, or none, than `config` says; mean, std or class_names are
-            not as many as the channels or classes; std is not above 0; the encoding is unknown. When called: x is none
-            of the two, or not of the image's shape.
+            not as many as the channels or classes; std is not above 0, or one of them not finite; the encoding is
+            unknown. When called: x is none of the two, or not of the image's shape.
     """
 
     mean: Tensor
@@ -82,8 +83,10 @@ class Classifier(nn.Module):
             raise ValueError(f"network must be an instance of torch.nn.Module, got {network!r}")
         if not len(mean) == len(std) == config.in_channels:
             raise ValueError(f"mean and std must have {config.in_channels} values each, got {len(mean)} and {len(std)}")
-        if min(std) <= 0:
+        if not all(value > 0 for value in std):
             raise ValueError(f"std must be above 0 in every channel, got {std}")
+        if not all(map(math.isfinite, (*mean, *std))):  # of NaN no neuron fires, and logits look like others
+            raise ValueError(f"mean and std must be finite, got {mean} and {std}")
         if len(class_names) != config.num_classes:
             raise ValueError(f"{config.num_classes} classes need as many names, got {len(class_names)}")
         if encoding not in ("direct", "frames"):
