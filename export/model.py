@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from tetdeploy.agreement import reference_path
-from tetdeploy.arguments import check_type
+from tetdeploy.arguments import check_type, check_whole
 from tetdeploy.engine import Engine
 from tetdeploy.folding import FoldingError
 from tetdeploy.int8.calibration import METHODS, Calibration, calibrate
@@ -212,7 +212,7 @@ def _checked_input(
     num_check: int,
 ) -> NDArray[Any]:
     """The images that will be compared or kept, as the graph takes them."""
-    if num_check < 0:
+    if check_whole("num_check", num_check) < 0:
         raise ValueError(f"num_check must be 0 or more, got {num_check}")
     _check_labels(classifier, images, labels)
     return _as_input(classifier, config, images[: max(num_check, NUM_REFERENCE)])

@@ -812,6 +812,8 @@ def test_evaluation_does_not_depend_on_the_batches_and_keeps_the_mode() -> None:
         evaluate(classifier, images, labels, T=2, batch_size=0)
     with pytest.raises(ValueError, match=r"labels must be of type Tensor, got ndarray; pass torch\.from_numpy"):
         evaluate(classifier, images, labels.numpy(), T=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="every image needs a label: 5 images, 1 labels"):
+        evaluate(classifier, images[:5], labels[:1], T=2)
     assert classifier.training
     logits = classifier.eval()(images, 2).mean(0)
     assert whole is not None and whole[1] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())

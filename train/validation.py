@@ -39,12 +39,14 @@ def evaluate(
         loss: of logits [T, N, K] and labels [N], a mean over the batch.
 
     Raises:
-        ValueError: T or batch_size is no whole number of at least 1, images or labels are no tensor, or there are fewer
-            frames than T.
+        ValueError: T or batch_size is no whole number of at least 1, images or labels are no tensor, or not as many, or
+            there are fewer frames than T.
     """
     T, batch_size = check_count("T", T), check_count("batch_size", batch_size)
     for name, given in (("images", images), ("labels", labels)):
         check_type(name, given, Tensor, f"pass torch.from_numpy({name})")
+    if len(images) != len(labels):  # one label would be compared with all images of a batch
+        raise ValueError(f"every image needs a label: {len(images)} images, {len(labels)} labels")
     batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
     found = measure(classifier, batches, T=T, losses={"loss": loss})
     assert found is not None
