@@ -504,6 +504,11 @@ def test_what_a_reader_says_is_told_in_one_line(tmp_path: Path, monkeypatch: pyt
             (FIXTURES / "dvs128.aedat4").read_bytes().replace(b"\xf2\x02\0\0<dv", b"\xf2\x02\0\xff<dv"),
             "it is damaged: range end index",  # on which aedat panics
         ),
+        (
+            "a.aedat4",
+            (FIXTURES / "camera-lz4.aedat4").read_bytes().replace(b"\xc0\x88\x02\0\0", b"\xc0\x88\x03\0\0"),
+            "it is damaged: assertion failed",  # on which aedat panics as it reads the packets
+        ),
     ],
 )
 def test_damaged_files_of_cameras_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

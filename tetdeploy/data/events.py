@@ -331,19 +331,18 @@ def read_aedat4(path: Path) -> Recording:
     _check_description(path)
     try:
         streams = import_extra("aedat", "events").Decoder(str(path)).id_to_stream()
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
-            raise
-        raise ValueError(f"it is damaged: {error}") from error
-    cameras = [streams[number] for number in sorted(streams) if streams[number]["type"] == "events"]
-    if not cameras:
-        raise ValueError("it has no stream of events")
-    try:
+        cameras = [streams[number] for number in sorted(streams) if streams[number]["type"] == "events"]
+        if not cameras:
+            raise ValueError("it has no stream of events")
         events = import_extra("tonic", "events").io.read_aedat4(str(path))  # the first of these streams
     except ValueError as error:
         if "concatenate" not in str(error):
             raise
         raise ValueError("it holds no event") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+            raise
+        raise ValueError(f"it is damaged: {error}") from error
     t, x, y, p = (events[name].copy() for name in ("t", "x", "y", "on"))
     return Recording(t, x, y, p, (int(cameras[0]["height"]), int(cameras[0]["width"])))
 
