@@ -29,7 +29,7 @@ from tetdeploy.storage.provenance import ORIGIN
 from tetdeploy.sweep import check_class_numbers
 from tetdeploy.system.memory import reused_memory
 from tetdeploy.traced_network import Runnable
-from tetdeploy.tracing import Tracer, callers_modes_off
+from tetdeploy.tracing import Tracer, callers_autocast_off
 from tetdeploy.wording import first_line
 
 from .causality import check_reached, check_steps, float_types, steps_to_check
@@ -81,7 +81,7 @@ class Exported:
         return asdict(self) | {"path": str(self.path), "silent": self.silent}
 
 
-@callers_modes_off()
+@callers_autocast_off()
 def export_model(
     classifier: Classifier,
     path: Path | str,

@@ -48,7 +48,7 @@ from tetdeploy.storage.form import as_json
 from tetdeploy.storage.model_file import METADATA_KEY
 from tetdeploy.storage.provenance import written
 from tetdeploy.system.extras import MissingExtraError, import_extra
-from tetdeploy.tracing import quiet
+from tetdeploy.tracing import callers_autocast_off, quiet
 from tetdeploy.wording import first_line
 
 from .causality import check_on_noise, check_reached
@@ -115,6 +115,7 @@ def export_nir(
     return NirExported(path, {kind: kinds.count(kind) for kind in kinds}, len(graph.edges), num_folded, len(content))
 
 
+@callers_autocast_off()
 def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple[Any, int]:
     """The `nir.NIRGraph` of a classifier in inference, and how many BN were folded. Errors: see `export_nir`."""
     nir = _import_nir()

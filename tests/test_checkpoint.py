@@ -109,6 +109,8 @@ def test_a_callers_defaults_and_random_numbers_play_no_part(saved: Path) -> None
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
+    wanted = load(saved).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
     assert {(p.device.type, p.dtype) for p in loaded.parameters()} == {("cpu", torch.float32)}
     assert loaded.mean.device.type == "cpu"
 

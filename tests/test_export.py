@@ -13,6 +13,7 @@ import platform
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -2028,11 +2029,12 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_callers_autocast_is_not_in_the_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [partial(torch.autocast, "cpu", torch.bfloat16), torch.no_grad, torch.inference_mode])
+def test_a_callers_modes_are_not_in_the_graph(mode: Callable[[], AbstractContextManager[Any]], tmp_path: Path) -> None:
     config, images = ExportConfig(T=2), digits().images[:9]
-    export_model(convsnn(), tmp_path / "alone.onnx", config, images)
-    with torch.autocast("cpu", torch.bfloat16):
-        export_model(convsnn(), tmp_path / "within.onnx", config, images)
+    export_model(classifier(Small()), tmp_path / "alone.onnx", config, images)
+    with mode():
+        export_model(classifier(Small()), tmp_path / "within.onnx", config, images)
     one, other = (Engine(tmp_path / f"{name}.onnx").run(images).per_step for name in ("alone", "within"))
     np.testing.assert_array_equal(one, other)
 

@@ -211,7 +211,7 @@ def test_a_side_that_only_ever_fails_alike_is_not_opened_again(module: Any, monk
     neurons, opened = module("neurons"), []
 
     class Failing:
-        failed = "no kernels"
+        failed, hung = "no kernels", False
 
         def __init__(self, _: Any, side: str, *others: Any) -> None:
             self.side = side

@@ -163,7 +163,8 @@ def test_every_step_with_graphs_is_the_step_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str, changes: dict[str, Any]
 ) -> None:
     """Gradients of other images, labels or weights are 0.9 to 1.7 apart, those of other roundings 2e-6 in float32 and
-    1e-2 in bfloat16. On a GPU, whose kernels may add in another order, a spike that flips is allowed in three steps."""
+    1e-2 in bfloat16, which move losses by 1e-7. On a GPU, whose kernels may add in another order, a spike that flips is
+    allowed in three steps."""
     made: list[Compared] = []
 
     def make(network: nn.Module) -> Compared:
@@ -178,7 +179,7 @@ def test_every_step_with_graphs_is_the_step_without(
     train(classifier(), TRAIN, VAL, config, tmp_path, progress=False, how=How(cuda_graphs=True))
     for apart, most in ((made[0].gradients, 0.1), (made[0].numbers, 1e-3)):
         assert len(apart) == 15
-        assert not any(apart) if device == "cpu" else sorted(apart)[11] < most, apart
+        assert apart == [0] * 15 if device == "cpu" else sum(share < most for share in apart) >= 12, apart
 
 
 def test_nothing_of_a_steps_autograd_graph_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -484,6 +484,18 @@ def test_an_image_may_be_shown_in_several_ways(show: Callable[[Tensor, int], Ten
     torch.testing.assert_close(in_euler(graph, network.normalize(x), 3), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_callers_autocast_is_not_in_the_graph() -> None:
+    classifier = classifier_of("vggsnn-strided")
+    wanted, _ = nir_graph(classifier)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = nir_graph(classifier)
+    assert list(got.nodes) == list(wanted.nodes)
+    for name, node in wanted.nodes.items():
+        for key, value in vars(node).items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(vars(got.nodes[name])[key], value)
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest.mock import Mock
 
 import numpy as np
@@ -794,13 +794,26 @@ def test_a_callers_modes_change_nothing(mode: Callable[[], AbstractContextManage
     assert metrics(tmp_path / "within") == metrics(tmp_path / "alone")
 
 
+class Merging(nn.Module):
+    """Merges weights for inference as it is told to, as layers do that learn a difference to frozen weights."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> Self:
+        self.merged = not mode
+        return super().train(mode)
+
+
 def test_evaluation_leaves_each_module_in_its_mode() -> None:
-    classifier = toy().train()
+    classifier = toy()
+    classifier.network.merging = Merging()
+    classifier.train()
     frozen = next(module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d))
     frozen.eval()
     before = [module.training for module in classifier.modules()]
     evaluate(classifier, torch.tensor(VAL.images), torch.tensor(VAL.labels), T=2)
     assert [module.training for module in classifier.modules()] == before
+    assert not classifier.network.merging.merged
 
 
 def test_evaluation_does_not_depend_on_the_batches_and_keeps_the_mode() -> None:

@@ -154,15 +154,14 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def callers_modes_off() -> Iterator[None]:
-    """Within it gradients are kept and nothing is cast, whatever surrounds the call. Under a caller's autocast a trace
-    holds casts, and the backward pass of linear layers runs in half precision, whatever forward ran in."""
+def callers_autocast_off() -> Iterator[None]:
+    """Within it nothing is cast but by autocasts in it. Under a caller's a trace holds casts, and the backward pass of
+    linear layers runs in half precision, whatever forward ran in."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(torch.clear_autocast_cache)  # or the caller's would go on with weights cast in here
         yield
 
 

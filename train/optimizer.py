@@ -35,7 +35,7 @@ def build_optimizer(network: nn.Module, config: TrainConfig, *, scaled: bool) ->
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError(f"the network {type(network).__name__} has no parameter that can be trained")
-    if any(parameter.is_inference() for parameter in parameters):
+    if any(parameter.is_inference() for parameter in network.parameters()):
         raise ValueError("weights made within torch.inference_mode() cannot be trained; make the network outside it")
     fused = parameters[0].is_cuda
     if config.optimizer == "sgd":

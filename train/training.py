@@ -18,7 +18,7 @@ from tetdeploy.data import LabelledSet
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, warn_of_other_code
 from tetdeploy.storage.files import lacks_temporary_folder
 from tetdeploy.storage.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME, without_latest
-from tetdeploy.tracing import callers_modes_off
+from tetdeploy.tracing import callers_autocast_off
 
 from .board import check_board
 from .config import How, TrainConfig
@@ -122,9 +122,9 @@ def train(
     Raises:
         ValueError: data or settings do not fit the classifier, `out` holds a run or, with `resume`, one with other
             settings, another process trains there, the device is not there, its memory does not suffice, an image
-            cannot be read, the loss is not finite, or a batch changes the shapes of the state dict; there is nothing to
-            restart from, it is damaged, or a tensor is larger than a shard; the training step has no CUDA graph; the
-            checkpoint of a finished run is damaged.
+            cannot be read, the loss is not finite, a batch changes the shapes of the state dict, or weights were made
+            within `torch.inference_mode`; there is nothing to restart from, it is damaged, or a tensor is larger than a
+            shard; the training step has no CUDA graph; the checkpoint of a finished run is damaged.
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
@@ -151,7 +151,7 @@ def train(
             if board:
                 check_board(out)
             settings, restart = _settings(task, how, init, restart_from, resume=resume, runs=None if finished else runs)
-        with _explained(task, how), callers_modes_off():
+        with _explained(task, how), torch.inference_mode(False), torch.enable_grad(), callers_autocast_off():
             session = prepare(task, settings=settings, resume=resume, workers=workers, how=how)
             if how.shard_bytes is not None:
                 check_shards(session, how.shard_bytes)

@@ -137,8 +137,9 @@ def _evaluation(classifier: Runnable, precision: str) -> Iterator[torch.device]:
         with torch.inference_mode(), autocast(device, precision):
             yield device
     finally:
-        for module, training in modes:  # each its own: BN may be frozen in a network that is trained
-            module.training = training
+        for module, training in modes:  # parents first; BN may be frozen in a network that is trained
+            if module.training != training:
+                module.train(training)
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

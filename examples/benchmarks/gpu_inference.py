@@ -171,7 +171,7 @@ def measure(
     """
     workers = {side: Worker(open_side, side, *arguments) for side in sides}
     taken: dict[str, dict[int, list[float]]] = {side: {} for side in sides}
-    classes: dict[str, Any] = {}
+    classes: dict[str, dict[int, Any]] = {side: {} for side in sides}
     for size in sizes:
         for number in range(turns + 1):
             for side, worker in workers.items():
@@ -179,7 +179,7 @@ def measure(
                 if answer is None:  # nor are the turns before of this size a median
                     taken[side].pop(size, None)
                     continue
-                classes[side] = answer["classes"]
+                classes[side][size] = answer["classes"]
                 if number > 0:  # the first turn warms up
                     taken[side].setdefault(size, []).extend(answer["ms"])
             keep({side: found(worker, taken[side], classes, side) for side, worker in workers.items()})
@@ -187,13 +187,15 @@ def measure(
         worker.end()
 
 
-def found(worker: Worker, taken: dict[int, list[float]], classes: dict[str, Any], side: str) -> dict[str, Any]:
+def found(
+    worker: Worker, taken: dict[int, list[float]], classes: dict[str, dict[int, Any]], side: str
+) -> dict[str, Any]:
     """A side's result; of one that failed at a batch size, what was measured at smaller ones."""
     known: dict[str, Any] = {"failed": worker.failed} if worker.failed else {}
     if taken:
         known["median_ms"] = {size: statistics.median(ms) for size, ms in taken.items()}
-        if BASE in classes and len(classes[side]) == len(classes[BASE]):  # both at the same batch size
-            known["agrees"] = float((classes[side] == classes[BASE]).mean())
+        if (size := max(taken)) in classes.get(BASE, {}):
+            known["agrees"] = float((classes[side][size] == classes[BASE][size]).mean())
     return known
 
 

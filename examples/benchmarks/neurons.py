@@ -151,7 +151,7 @@ def measure(
     """Of each side that runs {"seconds", "kept_bytes"}; the first turn warms up.
 
     `never` has the sides that have answered nothing yet, and why they failed last, if they did: one that fails so again
-    leaves `workers`, since to open it for every case takes seconds each.
+    leaves `workers`, since to open it for every case takes seconds each; so does one that hangs.
     """
     found: dict[str, dict[str, Any]] = {}
     able = list(workers)
@@ -159,13 +159,14 @@ def measure(
         for side in tuple(able):
             answer = workers[side].ask((case, -(-repeats // TURNS)))
             if answer is None:
-                reason = workers.pop(side).failed
+                worker = workers.pop(side)
+                reason = worker.failed
                 if side in ("loop", "ours"):
                     raise click.ClickException(f"{side} does not run on {case}: {reason}")
                 print(f"{side} does not run on {case}: {reason}")
                 able.remove(side)
                 found.pop(side, None)
-                if never.get(side) != reason:
+                if not worker.hung and never.get(side) != reason:
                     workers[side] = Worker(open_side, side, device, threads)  # for the next case
                 if side in never:
                     never[side] = reason

@@ -10,11 +10,11 @@ with TET's loss and SGD, each in a process of its own on the same device: Spikin
 (`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails says why and takes nothing with it. The sides take turns; times
 are medians, on a card of CUDA events round a step. `gradient` is the norm of the first step's gradients, from the same
 weights: in fp32 a side with another one than ours is left out of the ratios (not the ANN, which is another network). In
-16 bits the loop rounds membranes and spikes flip; our kernels and SpikingJelly's in Triton keep them in float32, and
-theirs fire at the threshold, too. There a ratio only says by how much the norm differs, and `--precision fp32` shows
-that the networks are the same. Memory is what PyTorch had allocated at most once cuDNN had tried its algorithms; of
-graphs, whose memory stays theirs between replays, what it had reserved, which is more; on a CPU what the process had at
-most. Ratios take the fastest of a kind, for memory the loop that needs least.
+16 bits the loop rounds membranes, so that spikes flip; our kernels and SpikingJelly's in Triton keep membranes in
+float32, and theirs fire at the threshold, too. There a ratio only says by how much the norm differs, and `--precision
+fp32` shows that the networks are the same. Memory is what PyTorch had allocated at most once cuDNN had tried its
+algorithms; of graphs, whose memory stays theirs between replays, what it had reserved, which is more; on a CPU what the
+process had at most. Ratios take the fastest of a kind, for memory the loop that needs least.
 
     \b
     loop             LIF as a loop of PyTorch operations over T, contiguous (peers.py)

@@ -33,7 +33,7 @@ class Worker:
         self._connection, self._theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._theirs, open_side, arguments), daemon=True)
         self._limit_s = limit_s
-        self.failed = ""
+        self.failed, self.hung = "", False
         atexit.register(self.kill)
 
     def ask(self, request: Any) -> Any:
@@ -47,7 +47,7 @@ class Worker:
             self._signal(signal.SIGCONT)
             self._connection.send(request)
             if not self._connection.poll(self._limit_s):
-                self.failed = f"no answer within {self._limit_s:g} s"
+                self.failed, self.hung = f"no answer within {self._limit_s:g} s", True
                 self.kill()
                 return None
             self.failed, answer = self._connection.recv()

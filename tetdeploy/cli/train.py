@@ -384,7 +384,7 @@ class _Job:
             obstacle = why_not(config, self.train.encoding, self.config.T)
         if obstacle is None or lacks_memory(ValueError(obstacle.reason)):
             return self
-        text = "this network cannot be exported" + ", unless without folding" * obstacle.of_folding
+        text = "this network cannot be exported" + ", except with --no-fold-bn, in float32" * obstacle.of_folding
         warnings.warn(f"{config.model}: {text}: {obstacle.reason}", RuntimeWarning, stacklevel=2)
         return replace(self, exports=obstacle.of_folding, folds=False)
 
