@@ -73,9 +73,7 @@ class ExportConfig:
         if self.encoding not in ("direct", "frames"):
             raise ValueError(f"unknown encoding {self.encoding!r}; choose direct or frames")
         for name in ("T", "trained_T"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))
-            if getattr(self, name) > MAX_T:
-                raise ValueError(f"{name} must be at most {MAX_T}, got {getattr(self, name)}")
+            object.__setattr__(self, name, check_count(name, getattr(self, name), MAX_T))
         if self.with_state and self.layout != "unrolled":
             raise ValueError(
                 f"--with-state goes with --layout unrolled; a {self.layout} graph "

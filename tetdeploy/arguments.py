@@ -36,11 +36,13 @@ def check_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_count(name: str, number: Any) -> int:
-    """A whole number of at least 1, see `check_whole`."""
+def check_count(name: str, number: Any, most: int | None = None) -> int:
+    """A whole number of at least 1, and at most `most` if that is given; see `check_whole`."""
     count = check_whole(name, number)
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
+    if most is not None and count > most:
+        raise ValueError(f"{name} must be at most {most}, got {count}")
     return count
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.arguments import check_whole
+from tetdeploy.arguments import check_count
 from tetdeploy.engine import Engine
 from tetdeploy.measured import engine_provenance
 from tetdeploy.runtimes.nvidia import gpu_name
@@ -157,13 +157,9 @@ class Bench:
 
 def _checked(name: str, numbers: Sequence[int], most: int) -> tuple[int, ...]:
     """Numbers of a setting as those of Python, which JSON holds; of T there may be none."""
-    checked = tuple(check_whole(name, number) for number in numbers)
+    checked = tuple(check_count(name, number, most) for number in numbers)
     if not checked and name != "T":
         raise ValueError(f"{name}: there is nothing to time; give one number or more")
-    if min(checked, default=1) < 1:
-        raise ValueError(f"{name} must be at least 1, got {min(checked)}")
-    if max(checked, default=1) > most:
-        raise ValueError(f"{name} must be at most {most}, got {max(checked)}")
     return checked
 
 
