@@ -547,6 +547,14 @@ def patches(a: Tensor) -> Tensor:
     return nn.functional.unfold(a.flatten(0, 1), 2, stride=2).mT.unflatten(0, a.shape[:2])
 
 
+def pooled(a: Tensor, axes: int) -> Tensor:
+    """The mean of each column, of images that lie channels last."""
+    images = a.permute(0, 1, 4, 2, 3).flatten(0, 1)
+    pool = getattr(nn.functional, f"adaptive_avg_pool{axes}d")
+    means = pool({1: images.flatten(2), 2: images, 3: images.unsqueeze(2)}[axes], 1)
+    return means.flatten(1).unflatten(0, a.shape[:2])[:, :, None, None]
+
+
 Reading = Callable[[Tensor], Tensor]
 # What a layer reads of spikes `[T, N, ...]`, and what is read of what it gives; by whether its steps can be told apart.
 FOLLOWED: dict[str, tuple[Reading, Reading]] = {
@@ -558,6 +566,9 @@ FOLLOWED: dict[str, tuple[Reading, Reading]] = {
     "written_at_a_step": (written_at_a_step, lambda y: y),
     "written_batch_first": (lambda a: written_in_parts(a.transpose(0, 1)), lambda y: y.transpose(0, 1)),
     "averaged": (lambda a: torch.stack([a, a.flip(2)], 2).mean(2), lambda y: y),
+    "pooled_1d": (partial(pooled, axes=1), lambda y: y),
+    "pooled_2d": (partial(pooled, axes=2), lambda y: y),
+    "pooled_3d": (partial(pooled, axes=3), lambda y: y),
     "patches": (lambda a: patches(a), lambda y: y.unflatten(2, (2, 8))),
     "patches_batch_first": (lambda a: patches(a.transpose(0, 1)), lambda y: y.transpose(0, 1).unflatten(2, (2, 8))),
 }

@@ -703,6 +703,8 @@ class TestCommand:
         [
             (["runs/none"], "runs/none does not exist"),
             (["runs/sdt", "runs/sdt"], "a checkpoint is named twice: sdt, sdt"),
+            (["runs/sdt", "--radius", "nan"], "--radius is nan; it must be above 0 and finite"),
+            (["runs/sdt", "--radius", "0"], "--radius is 0; it must be above 0 and finite"),
             (["runs/sdt", "--radius", "0.1"], "--radius 0.1 is shorter than a step of the grid, 1; give more --points"),
             (["runs/sdt", "--radius", "1.5"], "--radius 1.5 leaves the grid, which ends at 1; give a larger --extent"),
             (["runs/sdt", "--points", "4"], "points is 4; it must be odd"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -122,7 +123,9 @@ def landscape(
     config = LandscapeConfig(T=T or _common("T", files, steps), **options)
     step = config.extent / (config.points // 2)
     radius = max(config.extent / 2, step) if radius is None else radius
-    if not radius >= step * (1 - 1e-9):
+    if not 0 < radius < math.inf:
+        raise ValueError(f"--radius is {radius:g}; it must be above 0 and finite")
+    if radius < step * (1 - 1e-9):
         raise ValueError(f"--radius {radius:g} is shorter than a step of the grid, {step:g}; give more --points")
     if radius > config.extent * (1 + 1e-9):
         raise ValueError(
