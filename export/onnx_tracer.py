@@ -209,8 +209,8 @@ def _rewrite_unbiased_conv3d(graph: fx.Graph) -> None:
 
 _ADAPTIVE_POOLINGS = {
     aten.adaptive_avg_pool1d.default: [-1],
-    aten.adaptive_avg_pool2d.default: [-2, -1],
-    aten.adaptive_avg_pool3d.default: [-3, -2, -1],
+    aten.adaptive_avg_pool2d.default: [-1, -2],
+    aten.adaptive_avg_pool3d.default: [-1, -2, -3],
 }
 
 
