@@ -30,7 +30,7 @@ from tetdeploy.wording import first_line
 
 from .half import halve
 from .int8 import set_scales, translate_int8_conv
-from .program import as_program
+from .program import as_program, rewrite_global_pooling
 
 aten = torch.ops.aten
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
@@ -166,7 +166,7 @@ def _exported_again(folded: fx.GraphModule, inputs: Any, shapes: Any) -> torch.e
 def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
     _make_bounds_alike(program.graph)
     _rewrite_unbiased_conv3d(program.graph)
-    _rewrite_global_pooling(program.graph)
+    rewrite_global_pooling(program.graph)
     try:
         with torch.no_grad(), quiet():
             exported = torch.onnx.export(
@@ -205,21 +205,6 @@ def _rewrite_unbiased_conv3d(graph: fx.Graph) -> None:
             given = (*node.args, *defaults[len(node.args) :])
             if given[2] is None:
                 node.target, node.args = aten.convolution.default, (*given[:6], False, [0] * 3, given[6])
-
-
-_ADAPTIVE_POOLINGS = {
-    aten.adaptive_avg_pool1d.default: [-1],
-    aten.adaptive_avg_pool2d.default: [-1, -2],
-    aten.adaptive_avg_pool3d.default: [-1, -2, -3],
-}
-
-
-def _rewrite_global_pooling(graph: fx.Graph) -> None:
-    """PyTorch would keep how images lie in memory by reading their means through a table, which hides the steps."""
-    for node in graph.nodes:
-        axes = _ADAPTIVE_POOLINGS.get(node.target)
-        if axes is not None and set(node.args[1]) == {1}:
-            node.target, node.args = aten.mean.dim, (node.args[0], axes, True)
 
 
 def _why_not_onnx(error: BaseException, graph: fx.Graph) -> str:

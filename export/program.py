@@ -62,12 +62,16 @@ _IN_PLACE = {  # which write over their first argument
 _WRITTEN_OTHERWISE = {
     *_VIEWS, *_OTHER_NAMES, *_IN_PLACE, aten.view.default, aten.expand_as.default, aten.mT.default,
     aten.movedim.int, aten.movedim.intlist, aten.chunk.default, aten.to.dtype, aten.rsub.Scalar,
-    aten.adaptive_avg_pool2d.default,
 }  # fmt: skip
 _OF_OWN_MEMORY = {  # which give memory that nothing else sees; einsum may give its input's, whatever its schema says
     *LAYERS, torch.ops.tetdeploy.int8_conv.default, aten.matmul.default,
     *_IN_PLACE.values(), aten.sub.Tensor, aten.div.Tensor,
 }  # fmt: skip
+_ADAPTIVE_POOLINGS = {
+    aten.adaptive_avg_pool1d.default: [-1],
+    aten.adaptive_avg_pool2d.default: [-1, -2],
+    aten.adaptive_avg_pool3d.default: [-1, -2, -3],
+}
 _ASSERTION = aten._assert_tensor_metadata.default
 
 
@@ -86,6 +90,7 @@ def as_program(folded: fx.GraphModule, traced: ExportedProgram) -> ExportedProgr
         traced: what it was made from; it knows the range of each axis.
     """
     graph = folded.graph
+    rewrite_global_pooling(graph)
     inputs = graph.find_nodes(op="placeholder")
     axes = _open_axes(inputs)
     if not all(_is_known(node, axes) for node in graph.nodes):
@@ -104,6 +109,14 @@ def as_program(folded: fx.GraphModule, traced: ExportedProgram) -> ExportedProgr
     return _Decomposed(
         folded, graph, signature, state, traced.range_constraints, traced.module_call_graph, verifiers=traced.verifiers
     )
+
+
+def rewrite_global_pooling(graph: fx.Graph) -> None:
+    """PyTorch would keep how images lie in memory by reading their means through a table, which hides the steps."""
+    for node in graph.nodes:
+        axes = _ADAPTIVE_POOLINGS.get(node.target)
+        if axes is not None and set(node.args[1]) == {1}:
+            _write(node, aten.mean.dim, node.args[0], axes, True)
 
 
 def _named(node: fx.Node) -> TensorArgument:
@@ -131,8 +144,6 @@ def _is_known(node: fx.Node, axes: Mapping[str, Any]) -> bool:
         return _unknown(node.meta["val"].shape, axes) == 0
     if node.target is aten.chunk.default:
         return isinstance(_size_of_chunks(node), int)
-    if node.target is aten.adaptive_avg_pool2d.default:
-        return node.args[1] == [1, 1]
     return node.target not in (aten.to.dtype, aten.rsub.Scalar) or len(node.args) == 2
 
 
@@ -189,8 +200,6 @@ def _write_otherwise(node: fx.Node, sizes: Mapping[str, fx.Node]) -> None:
         _write(node, aten.split.Tensor, x, _size_of_chunks(node), *others[1:])
     elif node.target is aten.rsub.Scalar:
         _write(node, aten.sub.Tensor, *others, x)
-    elif node.target is aten.adaptive_avg_pool2d.default:
-        _write(node, aten.mean.dim, x, [-1, -2], True)
     elif node.target is aten.view.default:
         _write(node, aten.view.default, _contiguous(node, x), *others)
     elif node.target in _VIEWS:
