@@ -1659,21 +1659,27 @@ def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
     """The times are set: two files that are written within one tick of the kernel's clock have the same."""
 
     def write_model(folder: str, age: float) -> Path:
-        model = tmp_path / folder / "model-T4.onnx"
+        model = runs / folder / "model-T4.onnx"
         model.parent.mkdir(parents=True)
         model.write_bytes(b"")
         os.utime(model, (time.time() - age, time.time() - age))
         return model
 
+    runs = tmp_path / "runs"
     _, newest, _ = write_model("a", 300), write_model("b", 200), write_model("c", 250)
-    assert newest_export(tmp_path) == newest
+    assert newest_export(runs) == newest
     seeded = write_model("s/seed-0", 100)
-    (tmp_path / "latest").symlink_to("s")
-    assert newest_export(tmp_path) == seeded
-    for folder, age in (("c/shards", 50), ("s/seed-0/shards", 0)):
+    (runs / "latest").symlink_to("s")
+    assert newest_export(runs) == seeded
+    for folder, age in (("c/shards", 50), ("s/seed-0/shards", 20)):
         of_shards = write_model(folder, age)
         of_shards.with_name(f"._{of_shards.name}").write_bytes(b"")  # as macOS does
-        assert newest_export(tmp_path) == of_shards
+        assert newest_export(runs) == of_shards
+    (runs / "latest").unlink()
+    (runs / "latest").symlink_to("../elsewhere")
+    assert newest_export(runs) == of_shards  # the run is gone, or not there yet
+    write_model("../elsewhere", 0)
+    assert newest_export(runs) == tmp_path / "elsewhere" / "model-T4.onnx"
 
 
 def test_a_warning_is_one_line() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from tetdeploy.arguments import check_path
@@ -121,12 +122,16 @@ def _folders(runs: Path) -> list[Path]:
 
 
 def newest_export(runs: Path) -> Path:
-    """The newest exported model of any run in the folder, of a run of one of several seeds too.
+    """The newest exported model of any run in the folder, of a run of one of several seeds too, and of the
+    `latest_run`, which may lie elsewhere.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    models = [model for folder in _folders(runs) for model in models_in(folder)]
+    folders = _folders(runs)
+    with suppress(FileNotFoundError):
+        folders.append(latest_run(runs))
+    models = [model for folder in folders for model in models_in(folder)]
     if not models:
         raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
     return max(models, key=lambda path: path.stat().st_mtime)
