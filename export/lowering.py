@@ -19,9 +19,7 @@ from tetdeploy.names import numbered
 from .causality import misplaced
 from .neuron_steps import BYTE, FLOAT, Forms, Neurons, StepBuilder, float_value
 from .onnx_tracer import LIF_DOMAIN, module_name
-from .values import inputs_of, made_by, producer_of
-
-_HAND_ON = ("Unsqueeze", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity", "MaxPool", "Slice")
+from .values import HAND_ON, inputs_of, made_by, producer_of
 
 
 def lower(
@@ -182,7 +180,7 @@ def _pass_bytes(graph: ir.Graph, spikes: list[ir.Value]) -> None:
         source = node.inputs[0] if node.inputs else None
         if source not in bytes_of:
             continue
-        if node.op_type in _HAND_ON:
+        if node.op_type in HAND_ON:
             copied = ir.Node("", node.op_type, [bytes_of[source], *node.inputs[1:]], node.attributes.values())
             copied.outputs[0].type, copied.outputs[0].shape = BYTE, node.outputs[0].shape
             graph.insert_after(node, copied)

@@ -1,8 +1,9 @@
 """What OpenVINO computes wrongly, or cannot compile, written otherwise.
 
-It moves an average of currents in 8 bits in front of their scale and rounds it to 8 bits, though not past a Max. And of
-what a 1x1 convolution with a stride does not read it computes nothing in the layers before, without regard to its
-padding; a kernel of three, two of them zero, is no 1x1.
+It moves an average of currents in 8 bits in front of their scale and rounds it to 8 bits. So it moves a sum, as with
+the spikes of a shortcut: a spike and no current become more than 1 by a rounding, and fire. It does neither past a Max.
+And of what a 1x1 convolution with a stride does not read it computes nothing in the layers before, without regard to
+its padding; a kernel of three, two of them zero, is no 1x1.
 
 It cannot compile a transposition between two reshapings of any number of images, as of a network that computes images
 first and steps second, or channels last: it takes it for a shuffling of channels, though not with a Max behind it.
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .neuron_steps import FLOAT, Forms, StepBuilder
-from .values import made_by
+from .values import HAND_ON, made_by
 
 
 def write_for_openvino(model: ir.Model, *, int8: bool) -> None:
@@ -28,7 +29,11 @@ def write_for_openvino(model: ir.Model, *, int8: bool) -> None:
     widened = set[ir.Node]()
     for graph, node in nodes:
         if (node.op_type == "AveragePool" and int8) or _reshapes_transposed(node):
-            _keep_in_place(graph, node)
+            _keep_in_place(graph, node, 0)
+        if node.op_type == "Add":
+            for k, value in enumerate(node.inputs):
+                if _is_current(value):
+                    _keep_in_place(graph, node, k)
     for graph, conv in narrow:
         dequantised = made_by(conv.inputs[1], "DequantizeLinear")
         if dequantised is None:
@@ -46,15 +51,23 @@ def _reshapes_transposed(node: ir.Node) -> bool:
     return transposed is not None and made_by(transposed.inputs[0], "Reshape") is not None
 
 
-def _keep_in_place(graph: ir.Graph, node: ir.Node) -> None:
-    """Put a Max that changes nothing before it."""
-    value = node.inputs[0]
+def _is_current(value: ir.Value | None) -> bool:
+    """Whether it is a whole layer's, in 8 bits. One step of several is what a neuron adds to its membrane, and stays as
+    it is: a Max would have all of them written in float32."""
+    while (moved := made_by(value, *HAND_ON)) is not None:
+        value = moved.inputs[0]
+    return made_by(value, "DequantizeLinear") is not None
+
+
+def _keep_in_place(graph: ir.Graph, node: ir.Node, k: int) -> None:
+    """Put a Max that changes nothing before its k-th input."""
+    value = node.inputs[k]
     assert value is not None and value.dtype is not None
     build, kind = StepBuilder(graph, node, FLOAT, Forms()), value.dtype.numpy()
     lowest = build("Constant", value=ir.tensor(np.array(0 if kind == np.uint8 else np.finfo(kind).min, kind)))
     kept = build("Max", value, lowest)
-    _name(node, lowest=lowest, kept=kept)
-    node.replace_input_with(0, kept)
+    _name(node, **{f"lowest{k}": lowest, f"kept{k}": kept})
+    node.replace_input_with(k, kept)
 
 
 def _skips_padding(conv: ir.Node) -> bool:

@@ -7,6 +7,9 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+# What copies or moves values, or leaves some out.
+HAND_ON = ("Unsqueeze", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity", "MaxPool", "Slice")
+
 
 def made_by(value: ir.Value | None, *kinds: str) -> ir.Node | None:
     """The node that makes a value, if it is of one of these kinds."""

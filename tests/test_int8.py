@@ -486,12 +486,22 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
 # --- calibration -------------------------------------------------------------------------------------------------
 
 
+@given(st.floats(1e-6, 1e6), st.floats(-1.0, 0.0))
+def test_currents_are_exact_in_whatever_order_they_are_computed(width: float, share: float) -> None:
+    current, every = CurrentScale.covering(share * width, width), np.arange(256, dtype=np.float32)
+    scale, zero = np.float32(current.scale), np.float32(current.zero)
+    assert float(scale) == current.scale
+    np.testing.assert_array_equal(scale * every - scale * zero, scale * (every - zero))
+
+
 def test_scales_cover_what_they_are_asked_to() -> None:
-    assert CurrentScale.covering(0.0, 2.55) == CurrentScale(pytest.approx(0.01), 0)  # type: ignore[arg-type]
+    hundredth: Any = pytest.approx(0.01, rel=2**-15)  # of 16 binary digits
+    assert CurrentScale.covering(0.0, 2.55) == CurrentScale(hundredth, 0)
+    assert CurrentScale.covering(0.0, 2.55).scale >= 0.01
     assert CurrentScale.covering(-1.275, 1.275).zero in (127, 128)
     for low, high, zero in ((1.0, 2.55, 0), (-2.55, -1.0, 255)):  # 0 is always one of the values
-        assert CurrentScale.covering(low, high) == CurrentScale(pytest.approx(0.01), zero)  # type: ignore[arg-type]
-    assert CurrentScale.covering(0.0, 0.0) == CurrentScale(float(np.float32(1e-8)), 0)
+        assert CurrentScale.covering(low, high) == CurrentScale(hundredth, zero)
+    assert CurrentScale.covering(0.0, 0.0) == CurrentScale(pytest.approx(1e-8, rel=2**-15), 0)  # type: ignore[arg-type]
     histogram = CurrentHistogram()
     torch.manual_seed(0)
     for _ in range(4):
@@ -514,7 +524,7 @@ def test_a_percentile_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.int8.calibration._BINS", 6)
     histogram = CurrentHistogram()
     histogram.add(torch.tensor([-2.0] + [-1.5] * 4 + [-0.5] * 45 + [0.5] * 40 + [1.5] * 9 + [2.0]))
-    assert histogram.percentile(88) == CurrentScale(float(np.float32(3 / 255)), 85)  # 6 % at either end: -1 to 2
+    assert histogram.percentile(88) == CurrentScale.covering(-1, 2)  # 6 % at either end
     assert histogram.percentile(90) == histogram.percentile(88)  # of 5 % those are left out that are just as many
     assert histogram.percentile(98) == CurrentScale.covering(-2, 2)  # 1 %: no farther than the currents reach
     histogram.add(torch.tensor([0.5, 2.9]))  # within the bins

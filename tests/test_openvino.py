@@ -117,6 +117,25 @@ class Awkward(nn.Module):
         return logits
 
 
+class Shortcut(nn.Module):
+    """Spikes past a convolution, some of them turned or pooled on their way, some currents, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF(v_th=0.3)
+        self.conv1, self.lif2 = OverTime(nn.Conv2d(8, 8, 3, padding=1), tdBN(8)), LIF()
+        self.conv2, self.lif3 = OverTime(nn.Conv2d(8, 8, 3, padding=1), tdBN(8)), LIF()
+        self.conv3, self.pool, self.lif4 = OverTime(nn.Conv2d(8, 8, 1), tdBN(8)), OverTime(nn.MaxPool2d(2)), LIF()
+        self.readout = OverTime(nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif1(self.encode(x, T))
+        spikes = self.lif2(self.conv1(spikes) + spikes)
+        spikes = self.lif3(self.conv2(spikes) + spikes.transpose(-1, -2))
+        logits: Tensor = self.readout(self.lif4(self.pool(self.conv3(spikes)) + self.pool(spikes)))
+        return logits
+
+
 class Unusual(nn.Module):
     """A layer that computes images first and steps second, and one of channels that lie last, which OpenVINO could not
     compile; and a 1x1 convolution with stride and padding that is called for each step by itself."""
@@ -158,11 +177,20 @@ def export_awkward(
         return export_model(of_this_network(kind), path, config, images, num_check=40, calibration=(images, None))
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("unrolled", "int8"), ("step", "fp32")])
+@pytest.mark.parametrize(
+    ("kind", "layout", "precision"),
+    [
+        (Awkward, "unrolled", "int8"),
+        (Awkward, "step", "fp32"),
+        (Shortcut, "unrolled", "int8"),
+        (Shortcut, "dynamic", "int8"),
+        (Shortcut, "step", "int8"),
+    ],
+)
 def test_what_openvino_computes_wrongly_is_written_otherwise(
-    layout: Layout, precision: Precision, tmp_path: Path
+    kind: type[nn.Module], layout: Layout, precision: Precision, tmp_path: Path
 ) -> None:
-    exported = export_awkward(tmp_path / "m.onnx", layout, precision)
+    exported = export_awkward(tmp_path / "m.onnx", layout, precision, kind=kind)
     assert exported.checked_under == ("onnxruntime", "openvino")
     same_answers(exported.path, 4)
 
@@ -219,7 +247,7 @@ def test_outputs_have_the_names_of_the_graph() -> None:
 
 
 def test_a_graph_that_openvino_computes_wrongly_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "_keep_in_place", lambda graph, pool: None)
+    monkeypatch.setattr(openvino, "_keep_in_place", lambda graph, pool, k: None)
     monkeypatch.setattr(openvino_session, "_wrong", lambda node: None)  # as of a fault that nobody knows yet
     with pytest.raises(ParityError, match="the unrolled graph under openvino does not compute what PyTorch computes"):
         export_awkward(tmp_path / "m.onnx", "unrolled", "int8")
@@ -291,6 +319,7 @@ def test_what_openvino_computes_wrongly_is_refused(tmp_path: Path) -> None:
         in_openvino(tmp_path / "m.onnx")
 
 
+SPIKES = "fires = Greater(x, scale)  spikes = Cast<to = 1>(fires)"
 AVERAGE = "y = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>"
 
 
@@ -302,6 +331,11 @@ AVERAGE = "y = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>"
         (f"same = Max(i, scale)  {AVERAGE}(same)", None),
         (f"u = Add(i, x)  {AVERAGE}(u)", None),
         (f"fires = Greater(i, scale)  spikes = Cast<to = 1>(fires)  {AVERAGE}(spikes)", None),
+        (f"{SPIKES}  y = Add(i, spikes)", "a sum of 8-bit currents and spikes"),
+        (f"{SPIKES}  turned = Transpose<perm = [0, 1, 3, 2]>(spikes)  y = Add(turned, i)", "a sum of 8-bit currents"),
+        (f"{SPIKES}  kept = Max(i, scale)  y = Add(kept, spikes)", None),
+        (f"{SPIKES}  y = Add(spikes, x)", None),
+        (f"{SPIKES}  u = Where(fires, scale, x)  y = Add(u, i)", None),
         (f"fires = Less(i, scale)  bytes = Cast<to = 2>(fires)  s = DequantizeLinear(bytes, one)  {AVERAGE}(s)", None),
         ("y = Conv<strides = [2, 1], pads = [0, 1, 0, 1]>(x, weight)", "a 1x1 convolution with a stride and padding"),
         ("y = Conv<strides = [2, 2]>(x, weight)", None),

@@ -60,9 +60,11 @@ class CurrentScale:
 
     @classmethod
     def covering(cls, low: float, high: float) -> CurrentScale:
-        """The scale whose 256 values reach from low to high; 0 is one of them."""
+        """The scale whose 256 values reach from low to high; 0 is one of them. It has 16 binary digits, so that a value
+        is exact in float32, whether computed as s_I (I_q - z) or, as OpenVINO may do it, as s_I I_q - s_I z."""
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(np.float32(max((high - low) / 255, 1e-8)))
+        mantissa, exponent = math.frexp(max((high - low) / 255, 1e-8))
+        scale = math.ldexp(math.ceil(mantissa * 2**16), exponent - 16)
         return cls(scale, int(np.clip(round(-low / scale), 0, 255)))
 
 

@@ -15,8 +15,14 @@ from numpy.typing import NDArray
 from tetdeploy.system.extras import import_extra
 
 Array = NDArray[Any]
-# What makes an average behind it one of float32, or of spikes; and shapes, which are no currents.
+# What makes a sum or an average behind it one of float32, or of spikes; and shapes, which are no currents.
 _ENDS = {"Add", "Convolution", "Greater", "GroupConvolution", "Less", "MatMul", "Maximum", "ShapeOf", "TensorIterator"}
+_FIRES = {"Greater", "Less", "TensorIterator"}  # the last holds neurons over time
+# What spikes go through, copied, moved, or written as other numbers.
+_HAND_ON = {
+    "Concat", "Convert", "MaxPool", "Multiply", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Subtract",
+    "Transpose", "Unsqueeze",
+}  # fmt: skip
 
 
 class OpenVINOSession:
@@ -118,6 +124,10 @@ def _wrong(node: Any) -> str | None:
     """What OpenVINO 2026.4 computes wrongly, if `node` is such a thing; `tetdeploy.export.openvino` has the reasons."""
     if node.get_type_name() == "AvgPool" and _is_current(node.input_value(0)):
         return "an average of 8-bit currents"
+    if node.get_type_name() == "Add":
+        a, b = node.input_values()
+        if (_is_current(a) and _is_spikes(b)) or (_is_current(b) and _is_spikes(a)):
+            return "a sum of 8-bit currents and spikes"
     if node.get_type_name() != "Convolution":
         return None
     given, kernel = node.get_attributes(), list(node.get_input_partial_shape(1))[2:]
@@ -133,6 +143,13 @@ def _is_current(value: Any) -> bool:
     if node.get_type_name() == "FakeQuantize":
         return True
     return node.get_type_name() not in _ENDS and any(map(_is_current, node.input_values()))
+
+
+def _is_spikes(value: Any) -> bool:
+    """Whether it is what neurons fire, not their membranes, and no sum."""
+    node = value.get_node()
+    kind = node.get_type_name()
+    return kind in _FIRES or (kind in _HAND_ON and _is_spikes(node.input_value(0)))
 
 
 def _reason(error: RuntimeError) -> str:
