@@ -250,7 +250,7 @@ class TestTables:
             ("input", "[1, 8, 8] uint8; normalised no: the input is normalised already"),
             ("classes", "1: a"),
             ("neurons", "5; fire at u > v_th; reset to 0"),
-            ("weights", "9 of convolutions and linear layers, int8"),
+            ("weights", "9 of convolutions and linear layers, int8 and fp32"),
             ("BN", "not folded"),
             ("operations not counted", "pool"),
             ("exported", "now with torch 9"),

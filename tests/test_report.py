@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from itertools import pairwise
@@ -785,6 +786,13 @@ def test_the_front_is_what_no_point_beats(given_points: list[Point]) -> None:
     assert [(p.energy_pj, p.accuracy) for p in front] == sorted(unbeaten)
 
 
+def test_as_accurate_is_no_better_where_one_of_both_is_a_mean() -> None:
+    mean = statistics.fmean([340 / 359, 343 / 359, 343 / 359])
+    assert mean < 342 / 359  # by rounding
+    seeds, single = Point("seeds", 2, 1.0, mean), Point("single", 8, 2.0, 342 / 359)
+    assert pareto([seeds, single]) == [seeds]
+
+
 class TestRefusals:
     def refused(self, *paths: Path, match: str, names: tuple[str, ...] = ()) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=match):
@@ -828,6 +836,7 @@ class TestRefusals:
             ("\xff\xfe", "is not a result|is not JSON"),
             ("[1]", "holds a list, not an object; give JSON of"),
             ("null", "holds null, not an object; give JSON of"),
+            ("7", "holds an integer, not an object; give JSON of"),
             ("{}", 'it has no "kind"'),
             ('{"kind": "poem"}', "its kind is 'poem'; give JSON of early-exit, sweep, validate or bench"),
             ('{"kind": "sweep"}', "does not have the form of a sweep: model is missing"),

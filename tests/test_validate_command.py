@@ -359,6 +359,7 @@ class TestGoingOn:
         assert "T: 3 -> 2" in refused(*self.OPTIONS, "--T", "2")
         assert "torch images" in refused(*self.OPTIONS[:3], "--num-torch", "32", "--limit", "100")
         run(MODEL)  # the reference alone leaves it be
+        refused(*self.OPTIONS, "--restart", "--T", "9")
         assert self.PARTIAL.exists()
         assert "going on" not in run(*self.OPTIONS, "--restart")
         assert not self.PARTIAL.exists()

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 Examples:
   tetdeploy landscape                                      round the newest run's weights
   tetdeploy landscape runs/sdt runs/tet                    Figure 2: two minima, both losses, one scale
-  tetdeploy landscape runs/tet --points 41 --extent 0.5    a closer look
-  tetdeploy landscape runs/tet --split test --limit 10000 --device cuda
+  tetdeploy landscape runs/tet --points 41 --extent 0.5 -o closer.npz    a closer look
+  tetdeploy landscape runs/tet --split test --limit 10000 --device cuda -o test.npz
 """
 )
 @click.argument("checkpoints", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))

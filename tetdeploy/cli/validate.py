@@ -111,9 +111,7 @@ def validate(
     note_other_checkpoint(engine)
     json_path = output_path(json_path, engine, ".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
-    if restart:
-        partial_path.unlink(missing_ok=True)
-    job = _Job(engine, steps, gates, batch_size)
+    job = _Job(engine, steps, gates, batch_size, restart=restart)
     try:
         if against is not None:
             beside, digest = _beside(engine, against, network, chosen.threads)
@@ -153,9 +151,16 @@ class _Job:
     one leaves where it is interrupted."""
 
     def __init__(
-        self, engine: Engine, wanted: tuple[int, ...] | None, gates: tuple[Gate, ...], batch_size: int
+        self,
+        engine: Engine,
+        wanted: tuple[int, ...] | None,
+        gates: tuple[Gate, ...],
+        batch_size: int,
+        *,
+        restart: bool,
     ) -> None:
         self.engine, self.wanted, self.gates, self.batch_size = engine, wanted, gates, batch_size
+        self.restart = restart
         self.trained_T = engine.trained_T
         self.partial: Partial | None = None
 
@@ -258,7 +263,10 @@ class _Job:
         """Run a pass to its end, with a bar for the images that PyTorch sees too and one for the others."""
         from tetdeploy.resumable import finish
 
-        self.partial, kept = partial, partial.load()
+        self.partial = partial
+        if self.restart:  # now that nothing can be refused any more
+            partial.path.unlink(missing_ok=True)
+        kept = partial.load()
         if kept is not None:
             run.restore(kept)
             console.print(f"going on after {run.done:,} of {len(run.x):,} images (--restart begins anew)")

@@ -83,7 +83,7 @@ def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
             "input": f"{_shape(found['input']['shape'])} {found['input']['dtype']}; normalised {normalised}",
             "classes": _classes(found["class_names"]),
             "neurons": f"{found['num_neurons']:,}; fire at {found['fires']}; reset {found['reset']}",
-            "weights": f"{found['num_weights']:,} of convolutions and linear layers, {found['precision']}",
+            "weights": f"{found['num_weights']:,} of convolutions and linear layers, {_precisions(found)}",
             "BN": "folded into the convolutions (Eq. 6)" if found.get("fold_bn", True) else "not folded",
             "operations not counted": ", ".join(found["uncounted"]),
             "compared with PyTorch": _checked(found),
@@ -92,6 +92,12 @@ def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
         }
         | _origin_facts(found["source"])
     )
+
+
+def _precisions(found: Mapping[str, Any]) -> str:
+    """Those of the layers, the model's first: what reads the image stays in float32."""
+    of_layers = {layer["precision"] for layer in found["layers"]}
+    return " and ".join(sorted(of_layers, key=lambda precision: (precision != found["precision"], precision)))
 
 
 def _expected(data: Mapping[str, Any]) -> str:
@@ -203,7 +209,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
             "×".join(map(str, layer["kernel"])) or "–",
             "×".join(map(str, layer["strides"])) or "–",
             f"{layer['outputs']:,}",
-            f"{layer['weights']:,}" + (" int8" if layer["precision"] == "int8" else ""),
+            f"{layer['weights']:,}" + (f" {layer['precision']}" if layer["precision"] != "fp32" else ""),
             three_digits(fan_out),
             count(layer["dense_ops"]),
         )

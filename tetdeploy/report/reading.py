@@ -102,7 +102,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     file = folder / SUMMARY_NAME
     if not file.is_file():
         return {}
-    summary = json_object(file)
+    summary = json_object(file, remedy="; remove it to do without")
     _check(file, summary, SUMMARY)
     return summary
 
@@ -167,7 +167,7 @@ def json_object(file: Path, *, remedy: str = "") -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}{remedy}") from error
     if not isinstance(content, dict):
-        what = "null" if content is None else f"a {type(content).__name__}"
+        what = {type(None): "null", int: "an integer"}.get(type(content), f"a {type(content).__name__}")
         raise ValueError(f"{file} holds {what}, not an object{remedy}")
     return content
 

@@ -11,6 +11,8 @@ from tetdeploy.report.drawing import draw, energy_axis, energy_unit, error_bars,
 from tetdeploy.report.numbers import energy, percent, times
 from tetdeploy.report.results import Results, means_caption
 
+_ROUNDING = 1e-9  # of a mean over seeds; one image of a test set is more
+
 
 @dataclass(frozen=True)
 class Point:
@@ -57,7 +59,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     """
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.energy_pj, -p.accuracy)):
-        if not front or point.accuracy > front[-1].accuracy:
+        if not front or point.accuracy > front[-1].accuracy + _ROUNDING:
             front.append(point)
     return front
 
