@@ -32,7 +32,7 @@ _OTHER_GPU = "no kernel image is available"  # CUDA's
 _OF_PATHS = ("Symlink loop", "Could not determine home directory")  # RuntimeErrors of pathlib, the first until 3.12
 _SAME_SECONDS = 5  # in which a second signal is no other
 _ROOM = "make room, or write elsewhere"
-_REMEDIES = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EFBIG: _ROOM, errno.EISDIR: "name a file"}
+_REMEDIES = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EISDIR: "name a file"}
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
