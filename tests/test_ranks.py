@@ -11,9 +11,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -32,6 +33,7 @@ from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.storage.tensor_file import read_content
 from tetdeploy.train import How, TrainConfig, device, loop, train, train_seeds
+from tetdeploy.train import ranks as ranks_module
 from tetdeploy.train.ranks import Ranks, current_ranks, process_group
 from tetdeploy.train.runs import only_trainer
 from tetdeploy.train.synchronised import over_ranks
@@ -230,10 +232,10 @@ def torchrun(tmp_path: Path) -> Iterator[Start]:
     """Starts `torchrun --nproc-per-node 2 -m tetdeploy train ...`, with its output to read; ends what a test leaves."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         process = subprocess.Popen(
-            [*command, "-m", "tetdeploy", "train", *arguments],
+            [*command, "--max-restarts", str(restarts), "-m", "tetdeploy", "train", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -264,8 +266,12 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path: Path, torchrun:
     finished = len(metrics(run))
     assert 1 <= finished < 400
 
-    resumed = torchrun("--resume", str(run))
-    wait_until(lambda: len(metrics(run)) > finished, resumed)
+    resumed = torchrun("--resume", str(run), restarts=2)
+    for victim in (0, 1, None):
+        wait_until(lambda before=finished: len(metrics(run)) > before, resumed)  # type: ignore[misc]
+        if victim is not None:
+            os.kill(workers(resumed)[victim], signal.SIGKILL)
+        finished = len(metrics(run))
     resumed.send_signal(signal.SIGINT)
     output = resumed.communicate(timeout=_SECONDS)[0]
     assert f"go on with: tetdeploy train --resume {run}" in output
@@ -330,7 +336,9 @@ def asked(collects_its_own: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     calls: list[Any] = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda method: iter([(Mock(), 3, 4)]))
+    monkeypatch.setattr(ranks_module, "_store_of_attempt", lambda *_: Mock())
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **how: calls.append(backend))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("end"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
@@ -394,6 +402,28 @@ def test_only_what_a_lost_process_causes_is_said_to_be_that(said: str, lost: boo
     assert asked == ["gloo", "end"]
 
 
+def test_processes_started_again_share_nothing_with_those_before() -> None:
+    """Each attempt has other ranks than the last; one ends before it has met the others, and leaves its question."""
+    kept = torch.distributed.HashStore()
+    kept.set_timeout(timedelta(seconds=_SECONDS))
+    kept.set("tetdeploy/asked by 2", "of one that has ended")
+    for size in (4, 3, 4):
+        late_first = reversed(range(size))
+        with ThreadPoolExecutor(size) as pool:
+            own = list(pool.map(lambda rank, size=size: ranks_module._store_of_attempt(kept, rank, size), late_first))
+        assert not any(store.check(["address"]) for store in own)
+        own[0].set("address", "a new one")
+        assert [store.get("address") for store in own] == [b"a new one"] * size
+
+
+def test_a_process_that_does_not_come_again_is_named() -> None:
+    kept = torch.distributed.HashStore()
+    kept.set_timeout(timedelta(seconds=0.1))
+    kept.set("tetdeploy/asked by 1", "of one that has ended")
+    with pytest.raises(RuntimeError, match=r"process 1 has not come within 0:00:00\.1"):
+        ranks_module._store_of_attempt(kept, 0, 2)
+
+
 def test_processes_that_cannot_reach_each_other(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     said = "Gloo connectFullMesh failed with [pair.cc:144] no error\nC++ stack"
     monkeypatch.setattr(torch.distributed, "init_process_group", Mock(side_effect=RuntimeError(said)))
@@ -442,8 +472,8 @@ def test_an_error_does_not_keep_the_group(monkeypatch: pytest.MonkeyPatch) -> No
         cycle.append(cycle)  # type: ignore[arg-type]
         raise RuntimeError("Connection closed by peer")
 
-    alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-    monkeypatch.setattr(torch.distributed, "init_process_group", partial(torch.distributed.init_process_group, **alone))
+    alone = (torch.distributed.HashStore(), 0, 1)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda method: iter([alone]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")

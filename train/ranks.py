@@ -12,11 +12,13 @@ import importlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -24,6 +26,9 @@ from torch import distributed as dist
 
 from tetdeploy.system.signals import handled, terminations
 from tetdeploy.wording import first_line
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 V = TypeVar("V")
 
@@ -141,7 +146,11 @@ def process_group() -> Iterator[Ranks]:
     # Imported while there is a group (an optimiser does), this module holds it in the defaults of its functions.
     importlib.import_module("torch.distributed.nn.functional")
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+        # PyTorch waits for the others without calling a handler in Python.
+        with handled(signal.SIG_DFL, signal.SIGINT, *terminations()):
+            store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+            own = _store_of_attempt(store, rank, size)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", store=own, rank=rank, world_size=size)
     except RuntimeError as error:
         raise ConnectionError(
             f"the processes of this run cannot reach each other ({first_line(error)}); start them again"
@@ -158,6 +167,35 @@ def process_group() -> Iterator[Ranks]:
         ) from error
     finally:
         _end_group(before)
+
+
+def _store_of_attempt(store: Store, rank: int, size: int) -> Store:
+    """The part of a store that these processes alone know, under a name that rank 0 makes up for them.
+
+    `torchrun --max-restarts` keeps its store when it starts its processes again: they would connect to the addresses of
+    those that have ended. Each rank asks for the name by one that it makes up itself, which a rank 0 of now alone can
+    have answered. The number of restarts would not do for a name: each machine has its own count.
+
+    Raises:
+        RuntimeError: another rank has not come within the store's timeout.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore  # not in every build of PyTorch
+
+    store = PrefixStore("tetdeploy", store)
+    name = uuid4().hex
+    if rank > 0:
+        store.set(f"asked by {rank}", name)
+        name = store.get(name).decode()
+        store.set(f"{name} known to {rank}", "")
+    timeout = store.timeout  # type: ignore[attr-defined]
+    end = time.monotonic() + timeout.total_seconds()
+    for other in range(1, size) if rank == 0 else ():
+        while not store.check([f"{name} known to {other}"]):
+            store.set(store.get(f"asked by {other}").decode(), name)
+            if time.monotonic() > end:
+                raise dist.DistStoreError(f"process {other} has not come within {timeout}")
+            time.sleep(0.02)
+    return PrefixStore(name, store)
 
 
 def _end_group(before: BaseException | None) -> None:

@@ -12,8 +12,11 @@ from types import FrameType
 
 
 @contextmanager
-def handled(handler: Callable[[int, FrameType | None], object], *numbers: signal.Signals) -> Iterator[None]:
-    """Let these signals call `handler` within it. Outside the main thread Python delivers none: nothing changes."""
+def handled(
+    handler: Callable[[int, FrameType | None], object] | signal.Handlers, *numbers: signal.Signals
+) -> Iterator[None]:
+    """Let these signals call `handler` within it, or do what `signal.SIG_DFL` says. Outside the main thread Python
+    delivers none: nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
