@@ -266,14 +266,20 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path: Path, torchrun:
     finished = len(metrics(run))
     assert 1 <= finished < 400
 
+    def goes_on() -> bool:
+        return len(metrics(run)) > finished
+
     resumed = torchrun("--resume", str(run), restarts=2)
-    for victim in (0, 1, None):
-        wait_until(lambda before=finished: len(metrics(run)) > before, resumed)  # type: ignore[misc]
-        if victim is not None:
-            os.kill(workers(resumed)[victim], signal.SIGKILL)
+    for victim in (0, 1):
+        wait_until(goes_on, resumed)
+        before = [Path(f"/proc/{pid}") for pid in workers(resumed)]
+        os.kill(int(before[victim].name), signal.SIGKILL)
+        wait_until(lambda gone=before: not any(map(Path.exists, gone)), resumed)  # type: ignore[misc]
         finished = len(metrics(run))
+    wait_until(goes_on, resumed)
     resumed.send_signal(signal.SIGINT)
     output = resumed.communicate(timeout=_SECONDS)[0]
+    print(output)
     assert f"go on with: tetdeploy train --resume {run}" in output
     assert output.count("epoch 2/400") <= 1  # one process prints
     assert [row["epoch"] for row in metrics(run)] == list(range(1, len(metrics(run)) + 1))
