@@ -414,9 +414,9 @@ def test_processes_started_again_share_nothing_with_those_before() -> None:
     kept.set_timeout(timedelta(seconds=_SECONDS))
     kept.set("tetdeploy/asked by 2", "of one that has ended")
     for size in (4, 3, 4):
-        late_first = reversed(range(size))
+        others_first = reversed(range(size))
         with ThreadPoolExecutor(size) as pool:
-            own = list(pool.map(lambda rank, size=size: ranks_module._store_of_attempt(kept, rank, size), late_first))
+            own = list(pool.map(lambda rank, size=size: ranks_module._store_of_attempt(kept, rank, size), others_first))
         assert not any(store.check(["address"]) for store in own)
         own[0].set("address", "a new one")
         assert [store.get("address") for store in own] == [b"a new one"] * size

@@ -187,9 +187,10 @@ def _store_of_attempt(store: Store, rank: int, size: int) -> Store:
         store.set(f"asked by {rank}", name)
         name = store.get(name).decode()
         store.set(f"{name} known to {rank}", "")
+        return PrefixStore(name, store)
     timeout = store.timeout  # type: ignore[attr-defined]
     end = time.monotonic() + timeout.total_seconds()
-    for other in range(1, size) if rank == 0 else ():
+    for other in range(1, size):
         while not store.check([f"{name} known to {other}"]):
             store.set(store.get(f"asked by {other}").decode(), name)
             if time.monotonic() > end:
