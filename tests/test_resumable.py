@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tetdeploy.resumable import Partial, finish
+from tetdeploy.storage.arrays import write_npz
+from tetdeploy.system.signals import handled
 
 
 class Images:
@@ -49,6 +53,21 @@ def test_ctrl_c_before_anything_is_done_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         finish(Images(1, KeyboardInterrupt), partial, lambda count: None)  # type: ignore[arg-type]
     assert partial.load() is None
+
+
+def test_a_second_ctrl_c_does_not_lose_what_the_first_one_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_interrupted(path: Path, arrays: Mapping[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        write_npz(path, arrays)
+
+    monkeypatch.setattr("tetdeploy.resumable.write_npz", write_interrupted)
+    partial = Partial(tmp_path / "p.npz", {})
+    with handled(signal.default_int_handler, signal.SIGINT), pytest.raises(KeyboardInterrupt):
+        finish(Images(2, KeyboardInterrupt), partial, lambda count: None)  # type: ignore[arg-type]
+    kept = partial.load()
+    assert kept is not None and kept["done"] == 1
 
 
 def test_it_is_kept_every_20_seconds_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tetdeploy.names import section
 from tetdeploy.storage.arrays import read_npz, write_npz
 from tetdeploy.storage.form import parse_json
 from tetdeploy.sweep import Tally
+from tetdeploy.system.signals import uninterrupted
 
 Arrays = Mapping[str, NDArray[Any]]
 _SAVE_EVERY = 20.0  # seconds
@@ -172,7 +173,8 @@ def finish(run: Pass, partial: Partial, tick: Callable[[int], None]) -> None:
         partial.save(kept)
     except KeyboardInterrupt:
         if kept["done"]:
-            partial.save(kept)  # not what the interrupted batch may have left half done
+            with uninterrupted():  # a second Ctrl-C would lose what the first one keeps
+                partial.save(kept)  # not what the interrupted batch may have left half done
         raise
 
 

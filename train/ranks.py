@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tetdeploy.system.signals import handled, terminations
+from tetdeploy.system.signals import handled, terminations, uninterrupted
 from tetdeploy.wording import first_line
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _end_group(before: BaseException | None) -> None:
     while error is not None and error is not before:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
-    with handled(lambda *_: None, signal.SIGINT, *terminations()):
+    with uninterrupted():
         gc.collect()  # meanwhile torchrun asks a process to end that is to say, after this, that another one has
         dist.destroy_process_group()
 

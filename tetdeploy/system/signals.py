@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 
@@ -26,6 +26,11 @@ def handled(
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def uninterrupted() -> AbstractContextManager[None]:
+    """Let Ctrl-C and what `terminations` names pass unheard: for what is short and has to be done to its end."""
+    return handled(lambda *_: None, signal.SIGINT, *terminations())
 
 
 @contextmanager
