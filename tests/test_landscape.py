@@ -587,6 +587,12 @@ class TestCommand:
         assert content["settings"]["T"] == 2 and content["radius"] == 1
 
     @pytest.mark.usefixtures("_undrawn")
+    def test_losses_that_are_not_finite_are_told(self, runs: Path) -> None:
+        told = "- : some losses at most {} away are not finite; take a smaller --extent"
+        assert told.format("1e+300") in run("runs/sdt", "--extent", "1e300", "--radius", "1e300")
+        assert "not finite" not in run("runs/tet", "--radius", "1")
+
+    @pytest.mark.usefixtures("_undrawn")
     def test_parts_of_the_data(self, runs: Path) -> None:
         digests = set()
         for split in ("train", "validation", "val", "test"):

@@ -188,11 +188,16 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
     count, frames = settings["num_images"], settings.get("frames")
     steps = f"T={settings['T']}" + (f" of {frames} frames" if frames else "")
     plot_landscape(result, plot, radius=radius, title=f"{count:,} images of {images}   {steps}")
+    rows = summarise(result, radius)
     if json_path is not None:
-        rows = summarise(result, radius)
         content = {"numbers": str(path), "plot": str(plot), "images": images, "radius": radius}
         write_json(json_path, content | {"settings": dict(settings), "rows": rows})
     console.print(landscape_table(result, radius))
+    if any(value is None for row in rows for value in row.values()):
+        console.print(
+            f"- : some losses at most {radius:g} away are not finite; take a smaller --extent, or --precision fp32",
+            style="yellow",
+        )
     rises = f"rises over the grid points at most {radius:g} away; {count:,} images of {images}; {steps}"
     console.print(rises, style="dim")
     console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None))
