@@ -19,7 +19,7 @@ from tetdeploy.energy import Layer
 
 from .neuron_steps import Neurons
 from .operations import Layers
-from .values import made_by
+from .values import from_8_bits, made_by
 
 _EXACT = 2**24  # float32 holds whole numbers up to here
 
@@ -32,7 +32,7 @@ def counting_overlay(layers: Layers, neurons: Iterable[Neurons]) -> bytes:
         if not layer.from_input:
             T_or_input = layers.T_or_input if layer.name in layers.batch_first else None
             names = enumerate(layers.read[layer.name])
-            read = [_in_float32(graph, value, f"{layer.counter}.float32.{k}") for k, value in names]
+            read = [_summable(graph, value, f"{layer.counter}.float32.{k}") for k, value in names]
             _count_inputs(graph, layer, read, T_or_input)
     for layer_ in neurons:
         _count_spikes(graph, layer_)
@@ -46,8 +46,11 @@ def spikes_overlay(neurons: Iterable[str]) -> bytes:
     return bytes(onnx.ModelProto(graph=graph).SerializeToString())
 
 
-def _in_float32(graph: onnx.GraphProto, read: ir.Value, name: str) -> str:
-    """The name of what a layer reads, cast to `name` if it is in float16: counts would not fit into 11 bits."""
+def _summable(graph: onnx.GraphProto, read: ir.Value, name: str) -> str:
+    """The name of what a layer reads, or of what counts alike: cast to `name` if it is in float16, as counts would not
+    fit into 11 bits; 1 where it is not zero if it has three axes and comes from 8 bits, which OpenVINO sums wrongly."""
+    if read.shape is not None and len(read.shape) == 3 and from_8_bits(read):
+        return _nonzero(graph, str(read.name), name)
     if read.dtype != ir.DataType.FLOAT16:
         return str(read.name)
     if (cast := made_by(read, "Cast")) is not None:

@@ -77,7 +77,9 @@ def check_graph(
     audit(own, engine, x[:_NUM_COUNTED], T)
     del engine  # each has all weights
     for other in others:
-        _check_engine(classifier, Engine(file, native=False, runtime=other), config, x, progress)
+        engine = Engine(file, native=False, runtime=other)
+        _check_engine(classifier, engine, config, x, progress)
+        audit(own, engine, x[:_NUM_COUNTED], T)
     return found
 
 

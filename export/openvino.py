@@ -5,6 +5,9 @@ the spikes of a shortcut: a spike and no current become more than 1 by a roundin
 And of what a 1x1 convolution with a stride does not read it computes nothing in the layers before, without regard to
 its padding; a kernel of three, two of them zero, is no 1x1.
 
+A sum or an average of bytes with three axes, as of currents [N, C, L], it computes wrongly as well where layers are in
+8 bits, and one with four axes rightly.
+
 It cannot compile a transposition between two reshapings of any number of images, as of a network that computes images
 first and steps second, or channels last: it takes it for a shuffling of channels, though not with a Max behind it.
 """
@@ -15,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .neuron_steps import FLOAT, Forms, StepBuilder
-from .values import HAND_ON, made_by
+from .values import HAND_ON, constant, from_8_bits, made_by
 
 
 def write_for_openvino(model: ir.Model, *, int8: bool) -> None:
@@ -30,6 +33,8 @@ def write_for_openvino(model: ir.Model, *, int8: bool) -> None:
     for graph, node in nodes:
         if (node.op_type == "AveragePool" and int8) or _reshapes_transposed(node):
             _keep_in_place(graph, node, 0)
+        if int8 and _sums_three_axes(node):
+            _give_a_fourth(graph, node)
         if node.op_type == "Add":
             for k, value in enumerate(node.inputs):
                 if _is_current(value):
@@ -57,6 +62,29 @@ def _is_current(value: ir.Value | None) -> bool:
     while (moved := made_by(value, *HAND_ON)) is not None:
         value = moved.inputs[0]
     return made_by(value, "DequantizeLinear") is not None
+
+
+def _sums_three_axes(node: ir.Node) -> bool:
+    """Whether it is a sum or an average of what was 8 bits, with three axes."""
+    value = node.inputs[0] if node.op_type in ("GlobalAveragePool", "ReduceMean", "ReduceSum") else None
+    return value is not None and value.shape is not None and len(value.shape) == 3 and from_8_bits(value)
+
+
+def _give_a_fourth(graph: ir.Graph, node: ir.Node) -> None:
+    """Put another in its place that reads one axis more, behind the others, which is taken off again."""
+    value, summed = node.inputs[0], node.outputs[0]
+    axes, keeps = [2], True  # what is global pools the last
+    if node.op_type != "GlobalAveragePool":
+        given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = [0, 1, 2] if given is None else [int(axis) % 3 for axis in given]
+        keeps = bool(node.attributes.get_int("keepdims", 1))
+    build = StepBuilder(graph, node, FLOAT, Forms())
+    wide = build("Unsqueeze", value, build.ints([3]))
+    kind = "ReduceSum" if node.op_type == "ReduceSum" else "ReduceMean"
+    apart = build(kind, wide, build.ints(axes), keepdims=1)
+    _name(node, wide=wide, apart=apart)
+    narrow = build("Squeeze", apart, build.ints([3] if keeps else [*axes, 3]))
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [], [summed], [narrow])
 
 
 def _keep_in_place(graph: ir.Graph, node: ir.Node, k: int) -> None:

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 # What copies or moves values, or leaves some out.
 HAND_ON = ("Unsqueeze", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity", "MaxPool", "Slice")
 
+# What makes float32 of its own, behind which 8 bits are none.
+_ENDS = ("Add", "Cast", "Conv", "ConvTranspose", "Gemm", "Greater", "Less", "MatMul", "Scan")
+
 
 def made_by(value: ir.Value | None, *kinds: str) -> ir.Node | None:
     """The node that makes a value, if it is of one of these kinds."""
@@ -32,3 +35,11 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     """What a value holds in any call; None of one that is computed, or an input."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def from_8_bits(value: ir.Value | None) -> bool:
+    """Whether what was dequantised reaches it with no layer, neurons, cast or sum of two between."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type in _ENDS:
+        return False
+    return node.op_type == "DequantizeLinear" or any(map(from_8_bits, node.inputs))

@@ -57,7 +57,9 @@ class OpenVINOSession:
                 "again with --target openvino"
             )
             raise ValueError(f"OpenVINO cannot load {name}: {fault} ({_reason(error)})") from error
-        if wrong := next(filter(None, map(_wrong, _operations(read))), None):
+        operations = list(_operations(read))
+        in_8_bits = any(node.get_type_name() == "FakeQuantize" for node in operations)
+        if wrong := next(filter(None, (_wrong(node, in_8_bits) for node in operations)), None):
             raise ValueError(
                 f"OpenVINO may compute {name} wrongly, as it has {wrong}: export it again with --target openvino, "
                 "which writes this otherwise, or run it with ONNX Runtime"
@@ -120,8 +122,16 @@ def _operations(model: Any) -> Iterator[Any]:
                 yield from _operations(node.get_function(branch))
 
 
-def _wrong(node: Any) -> str | None:
-    """What OpenVINO 2026.4 computes wrongly, if `node` is such a thing; `tetdeploy.export.openvino` has the reasons."""
+def _wrong(node: Any, in_8_bits: bool) -> str | None:
+    """What OpenVINO 2026.4 computes wrongly, if `node` is such a thing; `tetdeploy.export.openvino` has the reasons.
+
+    Args:
+        in_8_bits: the model has layers whose outputs are rounded to 8 bits.
+    """
+    if node.get_type_name() in ("ReduceSum", "ReduceMean"):
+        value = node.input_value(0)
+        three = value.get_partial_shape().rank == 3
+        return "a sum of bytes with three axes" if in_8_bits and three and _is_bytes(value) else None
     if node.get_type_name() == "AvgPool" and _is_current(node.input_value(0)):
         return "an average of 8-bit currents"
     if node.get_type_name() == "Add":
@@ -143,6 +153,24 @@ def _is_current(value: Any) -> bool:
     if node.get_type_name() == "FakeQuantize":
         return True
     return node.get_type_name() not in _ENDS and any(map(_is_current, node.input_values()))
+
+
+def _is_bytes(value: Any) -> bool:
+    """Whether it is made of bytes times a scale, and not cast to true and false since."""
+    node = value.get_node()
+    kind = node.get_type_name()
+    if kind in _ENDS or value.get_element_type().get_type_name() == "boolean":
+        return False
+    scaled = kind == "Multiply" and any(map(_is_unscaled, node.input_values()))
+    return scaled or any(map(_is_bytes, node.input_values()))
+
+
+def _is_unscaled(value: Any) -> bool:
+    """Whether it is bytes as float32, or their distance from a zero."""
+    node = value.get_node()
+    if node.get_type_name() == "Subtract":
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Convert" and node.get_input_element_type(0).get_type_name() in ("u8", "i8")
 
 
 def _is_spikes(value: Any) -> bool:
