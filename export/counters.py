@@ -47,13 +47,14 @@ def spikes_overlay(neurons: Iterable[str]) -> bytes:
 
 
 def _summable(graph: onnx.GraphProto, read: ir.Value, name: str) -> str:
-    """The name of what a layer reads, or of what counts alike: cast to `name` if it is in float16, as counts would not
-    fit into 11 bits; 1 where it is not zero if it has three axes and comes from 8 bits, which OpenVINO sums wrongly."""
+    """The name of what a layer reads, or of what counts alike: cast to `name` if it is bytes, or in float16, as counts
+    would not fit into 11 bits; 1 where it is not zero if it has three axes and comes from 8 bits, which OpenVINO sums
+    wrongly."""
     if read.shape is not None and len(read.shape) == 3 and from_8_bits(read):
         return _nonzero(graph, str(read.name), name)
-    if read.dtype != ir.DataType.FLOAT16:
+    if read.dtype not in (ir.DataType.FLOAT16, ir.DataType.UINT8):
         return str(read.name)
-    if (cast := made_by(read, "Cast")) is not None:
+    if read.dtype == ir.DataType.FLOAT16 and (cast := made_by(read, "Cast")) is not None:
         assert cast.inputs[0] is not None
         return str(cast.inputs[0].name)
     graph.node.append(helper.make_node("Cast", [str(read.name)], [name], to=TensorProto.FLOAT))

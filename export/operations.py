@@ -76,7 +76,8 @@ class Layers:
                 self.uncounted.append(name)
                 continue
             self.layers.append(layer)
-            self.read[name] = tuple(value for value in node.inputs[: 2 if layer.product else 1] if value is not None)
+            read = node.inputs[:2] if layer.product else [_before_padding(node)[0]]
+            self.read[name] = tuple(value for value in read if value is not None)
 
     def _propagate(self, node: ir.Node) -> None:
         """What is a whole number, holds T steps, or lies behind neurons, follows from a node's inputs."""
@@ -133,7 +134,7 @@ class Layers:
             self.uncounted.append(of_kind)
 
     def _layer(self, node: ir.Node, name: str, encodes: bool) -> Layer | None:
-        value, weight = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+        (value, pads), weight = _before_padding(node), node.inputs[1] if len(node.inputs) > 1 else None
         if node.op_type not in ("Conv", "MatMul", "Gemm") or value is None or weight is None or value.shape is None:
             return None
         shape = _parameter_shape(weight)
@@ -160,7 +161,7 @@ class Layers:
         input_shape = tuple(dim for dim in value.shape[1:] if isinstance(dim, int))
         if len(input_shape) != len(shape) - 1:
             return None  # steps that are open lie behind the channels
-        return _convolution(node, name, input_shape, shape, flags)
+        return _convolution(node, name, input_shape, pads, shape, flags)
 
     def _product(self, name: str, left: ir.Value, right: ir.Value) -> Layer | None:
         """A product `[..., M, K] @ [..., K, N]` of two values behind neurons, as of queries and keys."""
@@ -253,14 +254,48 @@ def _parameter_shape(weight: ir.Value | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
 
 
+def _before_padding(node: ir.Node) -> tuple[ir.Value | None, list[int]]:
+    """What a layer reads, without the zeros that an operation before it puts round that, which do not count; and the
+    padding of both, as ONNX lists it, of a convolution."""
+    value = node.inputs[0]
+    axes = len(value.shape or ()) - 2 if value is not None else 0
+    pads = list(node.attributes.get_ints("pads", [0] * (2 * axes)))
+    if node.op_type != "Conv":
+        return value, pads
+    before = value
+    while (same := made_by(before, "Cast", "DequantizeLinear", "QuantizeLinear")) is not None:  # which keep zeros
+        before = same.inputs[0]
+    padding = made_by(before, "Pad")
+    added = None if padding is None else _zeros_round(padding)
+    if padding is None or added is None or any(added[:2] + added[axes + 2 : axes + 4]):
+        return value, pads
+    more = added[2 : axes + 2] + added[axes + 4 :]
+    return padding.inputs[0], [own + zeros for own, zeros in zip(pads, more, strict=True)]
+
+
+def _zeros_round(node: ir.Node) -> list[int] | None:
+    """How many zeros a Pad puts before and behind each axis; None if it does anything else."""
+    amounts, number, axes = ([*node.inputs[1:], None, None, None])[:3]
+    pads, filled = constant(amounts), constant(number)
+    if node.attributes.get_string("mode", "constant") != "constant" or pads is None or axes is not None:
+        return None
+    if (number is not None and (filled is None or filled.any())) or (pads < 0).any():
+        return None
+    return [int(amount) for amount in pads]
+
+
 def _convolution(
-    node: ir.Node, name: str, input_shape: tuple[int, ...], weight_shape: tuple[int, ...], flags: dict[str, Any]
+    node: ir.Node,
+    name: str,
+    input_shape: tuple[int, ...],
+    pads: list[int],
+    weight_shape: tuple[int, ...],
+    flags: dict[str, Any],
 ) -> Layer | None:
     kernel = weight_shape[2:]
     if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
-    one, none = [1] * len(kernel), [0] * (2 * len(kernel))
-    pads = list(node.attributes.get_ints("pads", none))
+    one = [1] * len(kernel)
     return Layer(
         name,
         input_shape,

@@ -406,6 +406,46 @@ def test_what_a_graph_counts_otherwise_with_reason_is_written(tmp_path: Path) ->
     export_model(classifier(Unusual()), tmp_path / "m.onnx", ExportConfig(), digits().images[:20], num_check=20)
 
 
+class ZerosAround(nn.Module):
+    """Zeros round the image and round spikes, that no convolution's own padding is; one, and a sum, cut off as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.ZeroPad2d((0, 1, 2, 1)), nn.Conv2d(1, 4, 3, padding=1)), LIF(v_th=0.3)
+        self.conv = OverTime(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3), tdBN(4))
+        self.cropped = OverTime(nn.ZeroPad2d((-1, 1, 0, 0)), nn.Conv2d(4, 4, 3), tdBN(4))
+        self.ones = OverTime(nn.ConstantPad2d(1, 1.0), nn.Conv2d(4, 4, 3), tdBN(4))
+        self.readout = nn.LazyLinear(10)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        for layer in (self.conv, self.cropped, self.ones):
+            spikes = self.lif(layer(spikes))
+        logits: Tensor = self.readout(spikes.flatten(2))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fold_bn": False}, {"layout": "dynamic"}, {"precision": "int8"}, {"precision": "fp16", "target": "cuda"}],
+)
+def test_zeros_that_a_network_puts_round_values_do_not_count(options: dict[str, Any], tmp_path: Path) -> None:
+    net, x = ZerosAround(), digits().images[:40]
+    net(torch.zeros(1, 1, 8, 8), 1)  # sizes the readout
+    config = ExportConfig(T=2, **options)
+    calibration = (x, None) if config.precision == "int8" else None
+    export_model(classifier(net), tmp_path / "m.onnx", config, x, num_check=20, calibration=calibration)
+    engine = Engine(tmp_path / "m.onnx")
+    shapes = {layer.name: (layer.input_shape, layer.pads, layer.dense_ops()) for layer in layers_of(engine.metadata)}
+    # A kernel of three meets each value of an axis three times, but the outermost behind a single zero two times.
+    assert shapes["encode.1"] == ((1, 8, 8), ((3, 2), (1, 2)), 4 * 24 * 23)
+    assert shapes["conv.1"] == ((4, 11, 9), ((1, 1), (1, 1)), 16 * 31 * 25)
+    assert shapes["cropped.1"][:2] == ((4, 11, 9), ((0, 0), (0, 0)))
+    assert shapes["ones.1"][:2] == ((4, 11, 9), ((0, 0), (0, 0)))
+    counts = engine.count(x, 2)[1]
+    assert counts["active.conv.1"].shape == (2, 40, 11, 9) and counts["active.conv.1"].sum() > 0
+
+
 def test_counts_are_compared_where_each_layer_reads_the_engine_s_spikes() -> None:
     other = copy.deepcopy(convsnn())
     with torch.no_grad():
