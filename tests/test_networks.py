@@ -236,6 +236,11 @@ def test_a_width_beyond_any_memory_is_refused() -> None:
         NetworkConfig("convsnn", 10, 3, (8, 8), width=1e18)
 
 
+def test_a_threshold_whose_square_float32_does_not_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"v_th must be at most 1e\+18, got 1e\+39"):
+        NetworkConfig("convsnn", 10, 3, (8, 8), v_th=1e39)
+
+
 @pytest.mark.parametrize("name", ["width", "tau", "v_th", "gamma", "smooth_spike"])
 def test_settings_that_are_no_numbers_are_refused(name: str) -> None:
     settings: dict[str, Any] = {"num_classes": 10, "in_channels": 3, "image_size": (8, 8), name: "1"}

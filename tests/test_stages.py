@@ -112,7 +112,8 @@ def test_tit_notation() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["2", "2:300,", "2:300,6", "2:x", "0:5", "2:0", "2:5:0", "2:5:nan", "2:5:inf", "2:5:1:1", "2.5:3"]
+    "text",
+    ["2", "2:300,", "2:300,6", "2:x", "0:5", "2:0", "2:5:0", "2:5:nan", "2:5:inf", "2:5:1e39", "2:5:1:1", "2.5:3"],
 )
 def test_tit_that_does_not_parse(text: str) -> None:
     with pytest.raises(ValueError, match=r"tit is '.*'.*must be T:epochs or T:epochs:lr .* such as 2:300,6:50"):

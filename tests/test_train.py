@@ -136,7 +136,9 @@ def interrupt_at(count: int) -> Callable[[int], None]:
         ({"epochs": True}, "epochs must be a whole number, got True"),
         ({"lr": 0.0}, r"lr is 0.0; it must be above 0.0"),
         ({"lr": math.nan}, "lr is nan"),
-        ({"lr": math.inf}, "lr is inf; it must be above 0.0 and finite"),
+        ({"lr": math.inf}, r"lr is inf; it must be above 0.0 and at most 1e\+18"),
+        ({"lr": 1e39}, r"lr is 1e\+39; it must be above 0.0 and at most 1e\+18"),
+        ({"distill_tau": 1e155}, r"distill_tau is 1e\+155; it must be above 0.0 and at most 1e\+18"),
         ({"lr": "fast"}, "lr must be a number, got 'fast'"),
         ({"lam": 1.5}, "lam is 1.5; it must be at least 0.0 and at most 1.0"),
         ({"phi": math.inf}, "phi is inf; it must be finite"),
@@ -923,10 +925,15 @@ def test_a_training_state_is_no_checkpoint(finished: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", r"is damaged: it must be an object, got \[\]; mend it by hand"),
-        ('{"training": []}', r"is damaged: training must be an object, got \[\]"),
+        ("{}", "is damaged: network is missing; mend it by hand"),
+        ('{"network": {}, "data": {}, "training": null}', "is damaged: training is missing"),
+        ('{"network": {}, "data": {}, "training": []}', r"is damaged: training must be an object, got \[\]"),
         ('{"network": {"width": "x"}}', "is damaged: network.width must be a finite number, got 'x'"),
-        ('{"seeds": 7}', "is damaged: seeds must be a list, got 7"),
-        ('{"seeds": [-1]}', r"is damaged: seeds\[0\] must be a whole number of at least 0, got -1; mend it by hand"),
+        ('{"network": {}, "data": {}, "training": {}, "seeds": 7}', "is damaged: seeds must be a list, got 7"),
+        (
+            '{"network": {}, "data": {}, "training": {}, "seeds": [-1]}',
+            r"is damaged: seeds\[0\] must be a whole number of at least 0, got -1; mend it by hand",
+        ),
     ],
 )
 def test_a_broken_config_file_is_named(copied: Path, broken: str, reason: str) -> None:

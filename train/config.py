@@ -12,7 +12,7 @@ from tetdeploy.wording import counted
 
 from .augment import AUGMENTATIONS, RESIZED_CROP
 from .device import check_device
-from .stages import Stage, TimeRange, parse_random_T, parse_tit
+from .stages import MAX_FACTOR, Stage, TimeRange, parse_random_T, parse_tit
 
 OPTIMIZERS = ("adamw", "sgd")
 LOSSES = ("tet", "sdt")
@@ -23,7 +23,7 @@ _RANGES = {
     "T": (1, math.inf, True),
     "epochs": (1, math.inf, True),
     "batch_size": (1, 2**63 - 1, True),
-    "lr": (0.0, math.inf, False),
+    "lr": (0.0, MAX_FACTOR, False),
     "weight_decay": (0.0, math.inf, True),
     "warmup_epochs": (0, math.inf, True),
     "label_smoothing": (0.0, 1.0, True),
@@ -35,7 +35,7 @@ _RANGES = {
     "switch_to_tet": (0, math.inf, True),
     "ema": (0.0, 0.9999999, True),
     "distill_alpha": (0.0, math.inf, False),
-    "distill_tau": (0.0, math.inf, False),
+    "distill_tau": (0.0, MAX_FACTOR, False),
     "cutout": (0, math.inf, True),
 }
 _WHOLE = ("T", "epochs", "batch_size", "seed", "switch_to_tet", "cutout")

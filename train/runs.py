@@ -39,9 +39,9 @@ LOCK_NAME = ".lock"
 
 # What is checked nowhere else; `TrainConfig` checks itself.
 _CONFIG = {
-    "network": ORIGIN["network"],
-    "data": {"name": str},
-    "training": {},
+    "network!": ORIGIN["network"],
+    "data!": {"name": str},
+    "training!": {},
     "init": PARENT,
     "code_sha256": str,
     "how": {"cuda_graphs": bool, "recompute": bool, "shards_mb": NUMBER},

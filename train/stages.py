@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tetdeploy.steps import MAX_T
+
+MAX_FACTOR = 1e18  # float32 holds no square of a much larger one
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def parse_tit(text: str, *, lr: float) -> tuple[Stage, ...]:
             rate = float(numbers[2]) if len(numbers) == 3 else lr
         except (ValueError, IndexError):
             raise _unreadable(text, part) from None
-        if len(numbers) > 3 or T < 1 or epochs < 1 or not 0.0 < rate < math.inf:
+        if len(numbers) > 3 or T < 1 or epochs < 1 or not 0.0 < rate <= MAX_FACTOR:
             raise _unreadable(text, part)
         first_epoch = sum(stage.epochs for stage in stages)
         stages.append(Stage(len(stages) + 1, T, epochs, rate, first_epoch))
@@ -86,5 +87,5 @@ def _unreadable(text: str, part: str) -> ValueError:
     where = "" if part == text else f" ({part!r} in it does not parse)"
     return ValueError(
         f"tit is {text!r}{where}; it must be T:epochs or T:epochs:lr for each stage, T and epochs whole numbers from 1 "
-        "and lr above 0, separated by commas, such as 2:300,6:50 or 2:300:1e-3,6:50:1e-4"
+        f"and lr above 0 and at most {MAX_FACTOR:g}, separated by commas, such as 2:300,6:50 or 2:300:1e-3,6:50:1e-4"
     )

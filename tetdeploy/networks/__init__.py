@@ -60,6 +60,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+_MAX_V_TH = 1e18  # float32 holds no square of a much larger one
 _MAX_WIDTH = 100  # far beyond any memory; numbers of channels beyond 64 bits end in PyTorch
 _OWN_MODEL = r"\w+(\.\w+)*:\w+"
 
@@ -101,6 +102,8 @@ class NetworkConfig:
         for name in ("width", "v_th", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if self.v_th > _MAX_V_TH:
+            raise ValueError(f"v_th must be at most {_MAX_V_TH:g}, got {self.v_th}")
         if self.width > _MAX_WIDTH:
             raise ValueError(f"width must be at most {_MAX_WIDTH}, got {self.width}; 1 is the network as published")
         if not 0.0 <= self.smooth_spike < float("inf"):
