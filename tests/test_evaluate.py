@@ -335,7 +335,7 @@ def test_where_data_should_be_that_are_not_there_is_said(command: str, runs: Pat
     folder, classifier = runs / "gone", ann()
     classifier.data = "folder:gone"
     save_checkpoint(folder / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
-    (folder / "config.json").write_text(json.dumps({"data": {"name": "folder:gone"}}))
+    (folder / "config.json").write_text(json.dumps({"network": {}, "data": {"name": "folder:gone"}, "training": {}}))
     output = refused(*command.split(), "runs/gone")
     assert "Error: runs/gone" in output
     said = "was trained on folder:gone, a path relative to where the training was started, and it is not here; run this"
