@@ -407,7 +407,7 @@ def test_what_a_graph_counts_otherwise_with_reason_is_written(tmp_path: Path) ->
 
 
 class ZerosAround(nn.Module):
-    """Zeros round the image and round spikes, that no convolution's own padding is; one, and a sum, cut off as well."""
+    """Zeros round the image and round spikes that are no convolution's own padding; a cut on one side, and ones."""
 
     def __init__(self) -> None:
         super().__init__()
