@@ -8,6 +8,9 @@ its padding; a kernel of three, two of them zero, is no 1x1.
 A sum or an average of bytes with three axes, as of currents [N, C, L], it computes wrongly as well where layers are in
 8 bits, and one with four axes rightly.
 
+With one thread, a convolution of one channel that gives few numbers in a call is left out of the sum that reads it; not
+where the sum reads a Max of it.
+
 It cannot compile a transposition between two reshapings of any number of images, as of a network that computes images
 first and steps second, or channels last: it takes it for a shuffling of channels, though not with a Max behind it.
 """
@@ -37,7 +40,7 @@ def write_for_openvino(model: ir.Model, *, int8: bool) -> None:
             _give_a_fourth(graph, node)
         if node.op_type == "Add":
             for k, value in enumerate(node.inputs):
-                if _is_current(value):
+                if _is_current(value) or _reads_one_channel(value):
                     _keep_in_place(graph, node, k)
     for graph, conv in narrow:
         dequantised = made_by(conv.inputs[1], "DequantizeLinear")
@@ -62,6 +65,15 @@ def _is_current(value: ir.Value | None) -> bool:
     while (moved := made_by(value, *HAND_ON)) is not None:
         value = moved.inputs[0]
     return made_by(value, "DequantizeLinear") is not None
+
+
+def _reads_one_channel(value: ir.Value | None) -> bool:
+    """Whether it is what a convolution of one channel gives, and to nothing else: OpenVINO joins it and the sum."""
+    conv = made_by(value, "Conv")
+    if conv is None or len(conv.outputs[0].uses()) > 1 or conv.attributes.get_int("group", 1) > 1:
+        return False
+    shape = _weight(conv).shape.numpy()  # type: ignore[union-attr]
+    return shape[1] == 1 and max(shape[2:]) > 1
 
 
 def _sums_three_axes(node: ir.Node) -> bool:

@@ -187,6 +187,20 @@ class ThreeAxes(nn.Module):
         return logits
 
 
+class OneChannel(nn.Module):
+    """A convolution of one channel with few outputs, as of one sensor's signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(2)), LIF(v_th=0.1)
+        self.conv, self.lif2 = OverTime(nn.Conv1d(1, 4, 3, 5, padding=1), nn.BatchNorm1d(4)), LIF(v_th=0.1)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(4 * 13, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        logits: Tensor = self.readout(self.lif2(self.conv(self.lif1(self.encode(x, T)))))
+        return logits
+
+
 @cache
 def of_this_network(kind: type[nn.Module]) -> Classifier:
     with torch.random.fork_rng():
@@ -226,6 +240,17 @@ def test_what_openvino_computes_wrongly_is_written_otherwise(
     exported = export_awkward(tmp_path / "m.onnx", layout, precision, kind=kind)
     assert exported.checked_under == ("onnxruntime", "openvino")
     same_answers(exported.path, 4)
+
+
+def test_one_image_through_a_convolution_of_one_channel(tmp_path: Path) -> None:
+    """With one thread, and of few numbers: of forty images, the sums are right."""
+    path = export_awkward(tmp_path / "m.onnx", "step", "fp32", kind=OneChannel).path
+    images = digits().images[:20]
+    expected = Engine(path, threads=1).run(images, 3).per_step
+    assert len(np.unique(expected.round(3), axis=0)) > 1  # spikes differ
+    engine = in_openvino(path)
+    one_by_one = [engine.run(image[None], 3).per_step for image in images]
+    np.testing.assert_allclose(np.concatenate(one_by_one), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -356,6 +381,8 @@ SPIKES = "fires = Greater(x, scale)  spikes = Cast<to = 1>(fires)"
 AVERAGE = "y = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>"
 SUM = "flat = Reshape(z, three)  summed = ReduceSum(flat, last)  y = Unsqueeze(summed, last)"
 
+OF_ONE = "small = Conv<pads = [1, 0, 1, 0]>(x, tall, bias)"
+
 
 @pytest.mark.parametrize(
     ("body", "wrong"),
@@ -381,13 +408,17 @@ SUM = "flat = Reshape(z, three)  summed = ReduceSum(flat, last)  y = Unsqueeze(s
         (f"fires = Cast<to = 9>(i)  z = Cast<to = 1>(fires)  {SUM}", None),
         (f"z = Add(i, x)  {SUM}", None),
         ("y = ReduceSum(i, last)", None),
+        (f"{OF_ONE}  y = Add(x, small)", "a sum with a small convolution of one channel"),
+        (f"{OF_ONE}  y = Add(small, one)", None),
+        (f"{OF_ONE}  kept = Max(small, one)  y = Add(kept, x)", None),
+        (f"{OF_ONE}  y = Add(c, x)", None),
     ],
 )
 def test_only_what_openvino_computes_wrongly_is_refused(body: str, wrong: str | None) -> None:
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["": 21]>
         g (float[n, 1, 8, 8] x) => (float[n, c, h, w] y)
-        <float[1, 1, 1, 1] weight = {{2}}, float[1, 1, 3, 1] tall = {{1, 2, 3}}, float scale = {{0.1}},
-        uint8 zero = {{9}}, float one = {{1}}, int64[3] three = {{0, 0, -1}}, int64[1] last = {{2}}>
+        <float[1, 1, 1, 1] weight = {{2}}, float[1, 1, 3, 1] tall = {{1, 2, 3}}, float[1] bias = {{1}},
+        float scale = {{0.1}}, uint8 zero = {{9}}, float one = {{1}}, int64[3] three = {{0, 0, -1}}, int64[1] last = {{2}}>
         {{ c = Conv(x, weight)  q = QuantizeLinear(c, scale, zero)  i = DequantizeLinear(q, scale, zero)  {body} }}""")
     if wrong is None:
         openvino_session.OpenVINOSession(model.SerializeToString(), 1, "m")
