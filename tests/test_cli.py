@@ -1615,6 +1615,30 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_ctrl_c_as_an_interrupted_command_ends_shows_no_traceback() -> None:
+    """Two of them, of which a command answers the first."""
+    code = """
+import os, signal, click
+import tetdeploy.cli
+from tetdeploy.__main__ import main
+from tetdeploy.cli import errors
+signal.signal(signal.SIGINT, signal.default_int_handler)
+@click.command(cls=errors.CleanErrors)
+def command():
+    os.kill(os.getpid(), signal.SIGINT)
+    click.pause()
+class Again:
+    def __enter__(self): pass
+    def __exit__(self, *error): os.kill(os.getpid(), signal.SIGINT)
+errors._terminations_like_ctrl_c = Again
+tetdeploy.cli.main = lambda **options: command([])
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = ["interrupted; no file is left half written", "interrupted"]
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (130, "", lines)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="which tells no process of the signal that ended it")
 @pytest.mark.parametrize(("handler", "code"), [("default_int_handler", -signal.SIGINT), ("SIG_IGN", 0)])
 def test_ctrl_c_as_python_exits_shows_no_traceback(handler: str, code: int) -> None:

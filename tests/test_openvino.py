@@ -418,7 +418,8 @@ def test_only_what_openvino_computes_wrongly_is_refused(body: str, wrong: str | 
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["": 21]>
         g (float[n, 1, 8, 8] x) => (float[n, c, h, w] y)
         <float[1, 1, 1, 1] weight = {{2}}, float[1, 1, 3, 1] tall = {{1, 2, 3}}, float[1] bias = {{1}},
-        float scale = {{0.1}}, uint8 zero = {{9}}, float one = {{1}}, int64[3] three = {{0, 0, -1}}, int64[1] last = {{2}}>
+        float one = {{1}}, float scale = {{0.1}}, uint8 zero = {{9}},
+        int64[3] three = {{0, 0, -1}}, int64[1] last = {{2}}>
         {{ c = Conv(x, weight)  q = QuantizeLinear(c, scale, zero)  i = DequantizeLinear(q, scale, zero)  {body} }}""")
     if wrong is None:
         openvino_session.OpenVINOSession(model.SerializeToString(), 1, "m")

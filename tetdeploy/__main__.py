@@ -9,17 +9,17 @@ from collections.abc import MutableMapping
 
 
 def main() -> None:
-    """The command line. It takes a moment to import, which Ctrl-C ends as it ends a command: with a line and 130. After
-    the command's last word Ctrl-C ends the process in silence, as by its signal: it would interrupt what libraries do
-    as Python exits, which then shows their tracebacks."""
+    """The command line. It takes a moment to import, which Ctrl-C ends as it ends a command: with a line and 130. So
+    does one more that comes as a command ends. After the command's last word Ctrl-C ends the process in silence, as by
+    its signal: it would interrupt what libraries do as Python exits, which then shows their tracebacks."""
     try:
         _settle_openmp(os.environ)
         from tetdeploy.cli import main as command_line
+
+        command_line(prog_name="tetdeploy")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    try:
-        command_line(prog_name="tetdeploy")
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
             signal.signal(signal.SIGINT, signal.SIG_DFL)
