@@ -38,8 +38,15 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 
 def from_8_bits(value: ir.Value | None) -> bool:
-    """Whether what was dequantised reaches it with no layer, neurons, cast or sum of two between."""
+    """Whether what was dequantised, or bytes (spikes) times something, reaches it with no layer, neurons, cast or sum
+    of two between."""
     node = None if value is None else value.producer()
     if node is None or node.op_type in _ENDS:
         return False
-    return node.op_type == "DequantizeLinear" or any(map(from_8_bits, node.inputs))
+    scaled = node.op_type == "Mul" and any(map(_of_bytes, node.inputs))
+    return scaled or node.op_type == "DequantizeLinear" or any(map(from_8_bits, node.inputs))
+
+
+def _of_bytes(value: ir.Value | None) -> bool:
+    cast = made_by(value, "Cast")
+    return cast is not None and inputs_of(cast)[0].dtype == ir.DataType.UINT8

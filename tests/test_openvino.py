@@ -167,7 +167,8 @@ class Reduce(nn.Module):
 
 
 class ThreeAxes(nn.Module):
-    """Sums and averages of currents in one dimension, some of them pooled or cut off at zero before."""
+    """Sums and averages of currents in one dimension, some of them pooled or cut off at zero before, and of spikes
+    times a number, which a linear layer reads as well."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,8 +183,8 @@ class ThreeAxes(nn.Module):
         current = self.conv1(self.lif1(self.encode(x, T)))
         spikes = self.lif2(current * self.gate(current) + self.mean(current))
         current = self.conv2(spikes)
-        spikes = self.lif4(self.mean(self.lif3(current)).squeeze(-1) + self.sum(current) / 64)
-        logits: Tensor = self.readout(spikes)
+        spikes = self.lif4(self.mean(self.lif3(current) * 0.75).squeeze(-1) + self.sum(current) / 64)
+        logits: Tensor = self.readout(spikes * 0.75)
         return logits
 
 

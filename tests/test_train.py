@@ -923,7 +923,7 @@ def test_a_training_state_is_no_checkpoint(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not JSON: .*; mend it by hand"),
         ("[]", r"is damaged: it must be an object, got \[\]; mend it by hand"),
         ("{}", "is damaged: network is missing; mend it by hand"),
         ('{"network": {}, "data": {}, "training": null}', "is damaged: training is missing"),

@@ -244,14 +244,13 @@ def read_run_config(out: Path) -> dict[str, Any]:
     if not file.is_file():
         remedy = "; start from its weights with --init" if (out / CHECKPOINT_NAME).is_file() else ""
         raise FileNotFoundError(f"{out} is not a run folder: it has no {CONFIG_NAME}{remedy}")
+    fault = "is not JSON"
     try:
         settings = parse_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    try:
+        fault = "is damaged"
         check_form(settings, _CONFIG)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; mend it by hand, or train anew in another --out") from error
+        raise ValueError(f"{file} {fault}: {error}; mend it by hand, or train anew in another --out") from error
     return dict(settings)
 
 

@@ -168,11 +168,11 @@ def _gives_few(value: Any) -> bool:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether it is the same in any call, as a bias is, which gets the axes of a layer's output."""
-    node = value.get_node()
-    if node.get_type_name() == "Reshape":
-        return _is_constant(node.input_value(0))
-    return bool(node.get_type_name() == "Constant")
+    """Whether it is the same in any call, as a bias is, in 8 bits or not, which gets the axes of a layer's output."""
+    node, inputs = value.get_node(), value.get_node().input_values()
+    if node.get_type_name() in ("Constant", "ShapeOf"):
+        return True
+    return node.get_type_name() not in _ENDS and bool(inputs) and all(map(_is_constant, inputs))
 
 
 def _is_current(value: Any) -> bool:
