@@ -586,9 +586,11 @@ class TestCommands:
         (tmp_path / "cut_net.py").write_text(
             "import signal\n"
             "from torch import nn\n"
+            "times = 1\n"
             "class Net(nn.Linear):\n"
             "    def forward(self, x, T):\n"
-            "        signal.raise_signal(signal.SIGINT)\n"
+            "        for _ in range(times):\n"
+            "            signal.raise_signal(signal.SIGINT)\n"
             "        return super().forward(x.flatten(1)).expand(T, -1, -1)\n"
             "def net(num_classes, in_channels, image_size):\n"
             "    return Net(64, num_classes)\n"
@@ -605,6 +607,9 @@ class TestCommands:
             if options:
                 assert "--seed and --seeds both decide" in refused(*again.split(), *own, "--seed", "1", code=2)
             printed(*again.split(), *own, code=130)
+        sys.modules["cut_net"].times = 2
+        output = printed(*again.split(), *own, code=130)
+        assert f"go on from what was saved last with: tetdeploy {again} --model cut_net:net\n" in output
 
     @pytest.mark.usefixtures("_not_asked")
     def test_an_own_network_whose_code_has_changed_is_told(

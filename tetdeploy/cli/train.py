@@ -260,6 +260,7 @@ def train(
             out = made.enter_context(_new_folder(runs, config, job))
         out = ranks.agreed(out)
         assert out is not None
+        made.enter_context(_naming_resume(out, job))
         with ranks.first():
             _check_json(json_path, out, begun.seeds, runs)
         json_path = json_path if ranks.writes else None
@@ -444,6 +445,21 @@ def train_config(ctx: click.Context, options: dict[str, Any], *, v_th: float) ->
 
 
 @contextmanager
+def _naming_resume(out: Path, job: _Job) -> Iterator[None]:
+    """Within it, a second Ctrl-C, which does not wait for the batch and saves nothing, still says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / CONFIG_NAME).is_file():
+            console.print(f"go on from what was saved last with: {_resume(out, job)}")
+        raise
+
+
+def _resume(out: Path, job: _Job) -> str:
+    return command_line("train", "--resume", out, *job.own)
+
+
+@contextmanager
 def _naming(recipe: Path | None) -> Iterator[None]:
     """Within it, what is wrong with a value also names the recipe that the options came from."""
     try:
@@ -477,8 +493,7 @@ def _new_folder(runs: Path, recipe: Path | None, job: _Job) -> AbstractContextMa
 
 def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path | None) -> None:
     if result.interrupted:
-        again = command_line("train", "--resume", result.out, *job.own)
-        console.print(f"interrupted after {counted(result.epochs, 'epoch')}; go on with: {again}")
+        console.print(f"interrupted after {counted(result.epochs, 'epoch')}; go on with: {_resume(result.out, job)}")
         ctx.exit(INTERRUPTED)
     best = result.best
     if json_path is not None:
@@ -503,8 +518,7 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
         if run.best is not None and run.best.val_accuracy is not None:
             console.print(f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}")
     if result.interrupted:
-        again = command_line("train", "--resume", result.out, *job.own)
-        console.print(f"interrupted; go on with: {again}")
+        console.print(f"interrupted; go on with: {_resume(result.out, job)}")
         ctx.exit(INTERRUPTED)
     if json_path is not None:
         with atomic_write(json_path) as temporary:
