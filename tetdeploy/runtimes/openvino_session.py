@@ -154,16 +154,17 @@ def _wrong(node: Any, in_8_bits: bool) -> str | None:
 def _gives_few(value: Any) -> bool:
     """Whether it is made of one channel by a convolution, with or without a bias, for nothing else: some 112 numbers in
     a call are the most that a sum left out."""
-    node, sizes = value.get_node(), list(value.get_partial_shape())[1:]
+    node = value.get_node()
     readers = [reader.get_node().get_type_name() for reader in value.get_target_inputs()]
     if len(readers) - readers.count("ShapeOf") > 1:
         return False
     if node.get_type_name() == "Add":
         return any(_gives_few(a) and _is_constant(b) for a, b in permutations(node.input_values()))
-    if node.get_type_name() != "Convolution" or any(size.is_dynamic for size in sizes):
+    if node.get_type_name() != "Convolution":
         return False
     channels, *kernel = list(node.get_input_partial_shape(1))[1:]
-    few = prod(size.get_length() for size in sizes) < 256
+    sizes = list(value.get_partial_shape())[1:]
+    few = all(size.is_static for size in sizes) and prod(size.get_length() for size in sizes) < 256
     return few and channels == 1 and any(size != 1 for size in kernel)
 
 
