@@ -381,7 +381,6 @@ def test_what_openvino_computes_wrongly_is_refused(tmp_path: Path) -> None:
 SPIKES = "fires = Greater(x, scale)  spikes = Cast<to = 1>(fires)"
 AVERAGE = "y = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>"
 SUM = "flat = Reshape(z, three)  summed = ReduceSum(flat, last)  y = Unsqueeze(summed, last)"
-
 OF_ONE = "small = Conv<pads = [1, 0, 1, 0]>(x, tall, bias)"
 
 
@@ -411,6 +410,7 @@ OF_ONE = "small = Conv<pads = [1, 0, 1, 0]>(x, tall, bias)"
         ("y = ReduceSum(i, last)", None),
         (f"{OF_ONE}  y = Add(x, small)", "a sum with a small convolution of one channel"),
         (f"{OF_ONE}  y = Add(small, one)", None),
+        ("b = DequantizeLinear(whole, scale)  y = Conv<pads = [1, 0, 1, 0]>(x, tall, b)", None),
         (f"{OF_ONE}  kept = Max(small, one)  y = Add(kept, x)", None),
         (f"{OF_ONE}  y = Add(c, x)", None),
     ],
@@ -419,7 +419,7 @@ def test_only_what_openvino_computes_wrongly_is_refused(body: str, wrong: str | 
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["": 21]>
         g (float[n, 1, 8, 8] x) => (float[n, c, h, w] y)
         <float[1, 1, 1, 1] weight = {{2}}, float[1, 1, 3, 1] tall = {{1, 2, 3}}, float[1] bias = {{1}},
-        float one = {{1}}, float scale = {{0.1}}, uint8 zero = {{9}},
+        int32[1] whole = {{3}}, float one = {{1}}, float scale = {{0.1}}, uint8 zero = {{9}},
         int64[3] three = {{0, 0, -1}}, int64[1] last = {{2}}>
         {{ c = Conv(x, weight)  q = QuantizeLinear(c, scale, zero)  i = DequantizeLinear(q, scale, zero)  {body} }}""")
     if wrong is None:

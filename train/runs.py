@@ -244,13 +244,15 @@ def read_run_config(out: Path) -> dict[str, Any]:
     if not file.is_file():
         remedy = "; start from its weights with --init" if (out / CHECKPOINT_NAME).is_file() else ""
         raise FileNotFoundError(f"{out} is not a run folder: it has no {CONFIG_NAME}{remedy}")
-    fault = "is not JSON"
+    remedy = "mend it by hand, or train anew in another --out"
     try:
         settings = parse_json(file.read_text(encoding="utf-8"))
-        fault = "is damaged"
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}; {remedy}") from error
+    try:
         check_form(settings, _CONFIG)
     except ValueError as error:
-        raise ValueError(f"{file} {fault}: {error}; mend it by hand, or train anew in another --out") from error
+        raise ValueError(f"{file} is damaged: {error}; {remedy}") from error
     return dict(settings)
 
 
