@@ -24,7 +24,7 @@ class Encoder:
 def find_encoder(graph: ir.Graph) -> list[ir.Node]:
     """The nodes of a step graph that compute from the image's values and nothing else, without those at their end that
     only view, or whose result does not have the batch as its first axis; with the shapes that they compute from each
-    other. None where others read these shapes as well."""
+    other. None where others read these shapes as well. A view of which only a part leads to an end is copied there."""
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
     from_image, from_others = {graph.inputs[0]}, set(graph.inputs[1:])
     nodes = []
@@ -35,8 +35,11 @@ def find_encoder(graph: ir.Graph) -> list[ir.Node]:
         elif values & from_image and node.op_type not in ("Shape", "Size"):
             from_image.update(node.outputs)
             nodes.append(node)
-    while dropped := [node for node in nodes if _is_loose_end(node, nodes, batch)]:
-        nodes = [node for node in nodes if node not in dropped]
+    nodes = _without_loose_ends(nodes, batch)
+    for node in reversed(nodes):
+        if node.op_type in _VIEWS and not all(_is_per_image(value, batch) for value in _leaving(node, nodes)):
+            _copy_outside(graph, node, nodes)
+    nodes = _without_loose_ends(nodes, batch)
     shapes = _between(graph, nodes)
     if any(_leaves(value, [*nodes, *shapes]) for node in shapes for value in node.outputs):
         return []
@@ -87,10 +90,26 @@ def _between(graph: ir.Graph, nodes: list[ir.Node]) -> list[ir.Node]:
     return [node for node in graph if node in behind and node in before and node not in nodes]
 
 
+def _without_loose_ends(nodes: list[ir.Node], batch: Any) -> list[ir.Node]:
+    while dropped := [node for node in nodes if _is_loose_end(node, nodes, batch)]:
+        nodes = [node for node in nodes if node not in dropped]
+    return nodes
+
+
 def _is_loose_end(node: ir.Node, nodes: list[ir.Node], batch: Any) -> bool:
     if node.op_type in _VIEWS:
         return not any(use.node in nodes for use in node.outputs[0].uses())
-    return not all(_is_per_image(value, batch) for value in node.outputs if _leaves(value, nodes))
+    return not all(_is_per_image(value, batch) for value in _leaving(node, nodes))
+
+
+def _copy_outside(graph: ir.Graph, view: ir.Node, nodes: list[ir.Node]) -> None:
+    """Let all but `nodes` read a copy of `view`, so that what it views leaves them in its place."""
+    copy = ir.node(view.op_type, view.inputs, view.attributes)
+    copy.outputs[0].type, copy.outputs[0].shape = view.outputs[0].type, view.outputs[0].shape
+    graph.insert_after(view, copy)
+    for use in list(view.outputs[0].uses()):
+        if use.node not in nodes:
+            use.node.replace_input_with(use.idx, copy.outputs[0])
 
 
 def _is_per_image(value: ir.Value, batch: Any) -> bool:
@@ -99,6 +118,10 @@ def _is_per_image(value: ir.Value, batch: Any) -> bool:
     if shape is None or len(shape) < 2 or value.dtype != ir.DataType.FLOAT:
         return False
     return shape[0] == batch and all(isinstance(dim, int) for dim in shape[1:])
+
+
+def _leaving(node: ir.Node, nodes: list[ir.Node]) -> list[ir.Value]:
+    return [value for value in node.outputs if _leaves(value, nodes)]
 
 
 def _leaves(value: ir.Value, nodes: list[ir.Node]) -> bool:

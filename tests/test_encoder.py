@@ -53,6 +53,18 @@ def test_views_at_the_end_are_taken_at_every_step() -> None:
     assert steps.encoder() == ["Flatten", "Gemm"]
 
 
+def test_a_view_that_a_layer_reads_and_others_too_is_taken_twice() -> None:
+    steps = Steps()
+    view = steps.add("Unsqueeze", steps.add("Gemm", steps.image), shape=(1, "batch", 8))
+    steps.fire(steps.add("Gemm", steps.add("Squeeze", view)))
+    steps.fire(view)
+    assert steps.encoder() == ["Gemm", "Unsqueeze", "Squeeze", "Gemm"]
+    of_image, of_view = (output.producer().inputs[0] for output in steps.graph.outputs)  # type: ignore[union-attr]
+    assert of_image.producer().op_type == "Gemm"  # type: ignore[union-attr]
+    assert of_view is not view and of_view.shape == view.shape  # type: ignore[union-attr]
+    assert of_view.producer().op_type == "Unsqueeze"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("op", "shape", "dtype"),
     [

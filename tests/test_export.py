@@ -836,6 +836,23 @@ class ShortcutOfTheCurrent(nn.Module):
         return self.readout(self.lif2(self.layer(self.lif1(current)) + self.shortcut(current)))
 
 
+class JoinedToTheCurrent(nn.Module):
+    """As in a dense block, a layer in front of neurons reads the image's current, and what lies behind is joined to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.encode = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1))
+            self.first, self.second = OverTime(nn.Conv2d(8, 8, 1)), OverTime(nn.Conv2d(8, 8, 3, padding=1))
+            self.readout = OverTime(nn.Flatten(), nn.Linear(1024, 10))
+        self.lif1, self.lif2 = LIF(v_th=0.3), LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.encode(x, T)
+        return self.readout(self.lif2(torch.cat([current, self.second(self.lif1(self.first(current)))], 2)))
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 @pytest.mark.parametrize(
     ("network", "encoded", "targets"),
@@ -843,8 +860,9 @@ class ShortcutOfTheCurrent(nn.Module):
         (partial(SideBySide, AddedTimeAxis, BroadcastCurrent, AsksForFloat32, Resized, Flattened), 5, ["cpu"]),
         (TakesTheImageTwice, 3, ["cpu", "cuda"]),  # on a GPU, too, it is more than one layer
         (ShortcutOfTheCurrent, 2, ["cpu"]),
+        (JoinedToTheCurrent, 2, ["cpu", "cuda"]),
     ],
-    ids=["currents in other shapes", "behind neurons", "by neurons and layers"],
+    ids=["currents in other shapes", "behind neurons", "by neurons and layers", "by a layer in front of neurons"],
 )
 def test_what_is_read_of_an_image(
     network: Callable[[], nn.Module], encoded: int, targets: list[Any], layout: Any, tmp_path: Path
