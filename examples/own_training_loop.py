@@ -66,7 +66,13 @@ def main() -> None:
     images, labels = torch.tensor(train.x), torch.tensor(train.labels)  # uint8, which the classifier normalises
     config = NetworkConfig("own_training_loop:my_network", len(train.class_names), in_channels=1, image_size=(8, 8))
     network = Classifier(
-        Network(), config=config, mean=train.mean, std=train.std, class_names=train.class_names, data=train.name
+        Network(),
+        config=config,
+        mean=train.mean,
+        std=train.std,
+        class_names=train.class_names,
+        data=train.name,
+        encoding=train.encoding,
     )
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for epoch in range(options.epochs):

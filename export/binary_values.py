@@ -75,7 +75,7 @@ class BinaryValues:
         if kind == "Clip":
             return self._clipped(*inputs)
         if kind == "Sub":
-            return self._complement(*inputs)
+            return self._complement(*inputs) or self._either(*inputs)
         return None
 
     def _of_all(self, combine: Callable[[Iterable[float]], float], values: Iterable[ir.Value | None]) -> float | None:
@@ -94,6 +94,13 @@ class BinaryValues:
     def _complement(self, one: ir.Value | None, spikes: ir.Value | None) -> float | None:
         """1 - s: with a product it makes AND NOT of spikes."""
         return 1.0 if _is_one(one) and self.is_binary(spikes) else None
+
+    def _either(self, total: ir.Value | None, both: ir.Value | None) -> float | None:
+        """a + b - a b: OR of spikes a and b."""
+        added, product = made_by(total, "Add"), made_by(both, "Mul")
+        if added is None or product is None or set(added.inputs) != set(product.inputs):
+            return None
+        return 1.0 if all(map(self.is_binary, added.inputs)) else None
 
 
 def _keeps_values(node: ir.Node) -> bool:

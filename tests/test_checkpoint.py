@@ -229,6 +229,8 @@ def test_own_networks_are_never_imported_because_a_file_says_so(tmp_path: Path) 
             ValueError, match=r"network must be an instance of torch\.nn\.Module, got .*(small|OwnNetwork)"
         ):
             load(path, network=other)
+    with pytest.raises(ValueError, match=r"^'1\.weight' of the network gets its size from the first image; run"):
+        load(path, network=nn.Sequential(nn.Flatten(), nn.LazyLinear(10)))
     images = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
     torch.testing.assert_close(loaded(images, 2), classifier.eval()(images, 2), rtol=0, atol=0)
 

@@ -66,6 +66,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "both": lambda a, b: a * b,
     "first_only": lambda a, b: (1 - a) * b,
     "either": lambda a, b: (a + b).clamp(0, 1),
+    "sum_less_product": lambda a, b: a + b - b * a,
     "maximum": lambda a, b: torch.maximum(a, b),
     "where": lambda a, b: torch.where(a > HALF, b, torch.zeros_like(b)),
     "compared": lambda a, b: (a * 0.3 + b > HALF).float(),
@@ -84,6 +85,8 @@ NOT_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "pad_with_half": lambda a, b: nn.functional.pad(a, (1, 0), value=HALF)[..., :-1],
     "negative": lambda a, b: a * -1,
     "where_half": lambda a, b: torch.where(a > HALF, b, torch.full_like(b, HALF)),
+    "sum_less_another_product": lambda a, b: a + b - a * (1 - b),
+    "sum_of_sums_less_product": lambda a, b: (a + a) + b - (a + a) * b,
     "one_minus_twice": lambda a, b: 2 - a,
 }
 HEADS = BINARY | NOT_BINARY

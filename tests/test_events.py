@@ -1090,7 +1090,9 @@ def test_images_do_not_go_on_with_a_network_for_frames() -> None:
     with pytest.raises(ValueError, match="made has frames input; the network was made for direct input"):
         train(classifier_of(data, "direct"), data, None, TrainConfig(T=3), Path("run"))
     images = ImageSet("flat", "train", data.frames[:, 0], data.labels, **stored(data))
-    with pytest.raises(ValueError, match="flat has direct input; the network was made for frames input"):
+    with pytest.raises(
+        ValueError, match="flat has direct input; the network was made for frames input, as encoding of its"
+    ):
         train(classifier_of(data), images, None, TrainConfig(T=3), Path("run"))
     with pytest.raises(ValueError, match="unknown encoding 'rate'; choose direct or frames"):
         classifier_of(data, "rate")

@@ -837,7 +837,7 @@ class ShortcutOfTheCurrent(nn.Module):
 
 
 class JoinedToTheCurrent(nn.Module):
-    """As in a dense block, a layer in front of neurons reads the image's current, and what lies behind is joined to it."""
+    """As in a dense block, a layer in front of neurons reads the current of an image, which joins a later one."""
 
     def __init__(self) -> None:
         super().__init__()

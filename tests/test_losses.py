@@ -129,7 +129,9 @@ def test_batch_first_or_flat_logits_are_refused() -> None:
     logits, labels = draw()
     with pytest.raises(ValueError, match=r"logits have shape \[7, 4\].*\[T, N, K\] with time first"):
         tet_loss(logits[0], labels)
-    with pytest.raises(ValueError, match=r"labels have shape \[7\]; logits \[7, 5, 4\] want \[5\]"):
+    with pytest.raises(
+        ValueError, match=r"labels have shape \[7\]; logits \[7, 5, 4\] want \[5\]; time comes first: fr"
+    ):
         tet_loss(logits.transpose(0, 1), labels)
     with pytest.raises(ValueError, match="nothing empty"):
         mse_loss(logits[:0])

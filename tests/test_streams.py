@@ -339,8 +339,10 @@ def test_refused_states(tmp_path: Path) -> None:
     pool = StreamPool(engine("step"))
     good = pool.state(pool.open())
     other_pool = StreamPool(engine("step", normalize=False))
-    with pytest.raises(ValueError, match=r"state must be a StreamState, got 3"):
-        pool.open(3)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"^state must be of type StreamState, got bytes; StreamState.load and from_bytes"
+    ):
+        pool.open(good.to_bytes())  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"of another model than step\.onnx \(SHA-256 \w{12}\.\.\., not \w{12}\.\.\.\)"
     ):

@@ -850,6 +850,13 @@ def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_resume_without_the_state_names_what_weights_can_do(copied: Path) -> None:
+    (copied / "last.safetensors").unlink()
+    remedy = f"it has no last.safetensors; continue with --restart-from {copied} in another --out"
+    with pytest.raises(ValueError, match=f"nothing to resume in .*: {re.escape(remedy)}$"):
+        run(copied, resume=True)
+
+
 def test_resume_with_other_settings_shows_the_difference(copied: Path) -> None:
     with pytest.raises(
         ValueError,

@@ -192,6 +192,8 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
         ValueError: not a checkpoint of ours; a weight is NaN, or an integer where the network has floats.
         MisfitError: keys are missing, unexpected or misshapen (up to 20 of each are named).
     """
+    from torch.nn.parameter import is_lazy
+
     from tetdeploy.networks import warn_of_other_code
 
     check_flag("other_classes", other_classes)
@@ -201,6 +203,11 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
         before = checkpoint.metadata["provenance"].get("code_sha256")
         warn_of_other_code(classifier.config, before, checkpoint.path)
     own = classifier.network.state_dict()
+    if lazy := [name for name, tensor in own.items() if is_lazy(tensor)]:
+        raise ValueError(
+            f"{lazy[0]!r} of the network gets its size from the first image; run the network once, on zeros of the "
+            "image's size, before it takes the weights"
+        )
     sizes = (checkpoint.metadata["network"].get("num_classes"), classifier.config.num_classes)
     kept = _resized(tensors, own, sizes) if other_classes and sizes[0] != sizes[1] else []
     tensors |= {name: own[name] for name in kept}

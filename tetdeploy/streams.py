@@ -304,8 +304,7 @@ class StreamPool:
             raise ValueError(f"stream {id} has no image yet to show again; push one")
 
     def _check_state(self, state: StreamState) -> None:
-        if not isinstance(state, StreamState):
-            raise ValueError(f"state must be a StreamState, got {state!r}")
+        check_type("state", state, StreamState, "StreamState.load and from_bytes make one of what was saved")
         check_type("the state is damaged: model_sha256", state.model_sha256, str)
         if state.model_sha256 != self.engine.sha256:
             raise ValueError(

@@ -140,8 +140,10 @@ def _checked(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """`logits` in at least float32, after a look at everything a caller can mistake."""
     logits = _checked_logits(logits)
     if labels.shape != logits.shape[1:2]:
+        swapped = "; time comes first: frames [N, T, ...] go into a network as x.transpose(0, 1)"
         raise ValueError(
             f"labels have shape {list(labels.shape)}; logits {list(logits.shape)} want [{logits.shape[1]}]"
+            f"{swapped if labels.shape == logits.shape[:1] else ''}"
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}; class indices must be torch.int64: labels.long()")

@@ -197,9 +197,10 @@ def check_run(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
         refuse_held(out)
         return
     if not is_begun(out):
-        raise ValueError(
-            f"nothing to resume in {out}: it has no {CONFIG_NAME} and {STATE_NAME}; train without --resume"
-        )
+        missing = [name for name in (CONFIG_NAME, STATE_NAME) if not (out / name).is_file()]
+        has_weights = (out / CHECKPOINT_NAME).is_file()
+        remedy = f"continue with --restart-from {out} in another --out" if has_weights else "train without --resume"
+        raise ValueError(f"nothing to resume in {out}: it has no {' and '.join(missing)}; {remedy}")
     check_settings(out, settings)
 
 

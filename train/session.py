@@ -140,7 +140,10 @@ def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
         ValueError: with what it got and what it wants.
     """
     if data.encoding != classifier.encoding:
-        raise ValueError(f"{data.name} has {data.encoding} input; the network was made for {classifier.encoding} input")
+        raise ValueError(
+            f"{data.name} has {data.encoding} input; the network was made for {classifier.encoding} input, as encoding "
+            "of its Classifier says"
+        )
     if tuple(data.image_shape) != tuple(classifier.image_shape):
         raise ValueError(
             f"{data.name} has images of shape {data.image_shape}; the network wants {classifier.image_shape}"
