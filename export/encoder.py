@@ -24,7 +24,8 @@ class Encoder:
 def find_encoder(graph: ir.Graph) -> list[ir.Node]:
     """The nodes of a step graph that compute from the image's values and nothing else, without those at their end that
     only view, or whose result does not have the batch as its first axis; with the shapes that they compute from each
-    other. None where others read these shapes as well. A view of which only a part leads to an end is copied there."""
+    other. None where others read these shapes as well. A view that some of them read, and others too, is copied in the
+    graph for the others."""
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
     from_image, from_others = {graph.inputs[0]}, set(graph.inputs[1:])
     nodes = []

@@ -189,7 +189,8 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a checkpoint of ours; a weight is NaN, or an integer where the network has floats.
+        ValueError: not a checkpoint of ours; a weight is NaN, or an integer where the network has floats; a layer of
+            the network has no size yet.
         MisfitError: keys are missing, unexpected or misshapen (up to 20 of each are named).
     """
     from torch.nn.parameter import is_lazy
