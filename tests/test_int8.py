@@ -881,6 +881,10 @@ def doubled(s: Tensor, times: int) -> Tensor:
     return s
 
 
+def either(a: Tensor, b: Tensor) -> Tensor:
+    return a + b - a * b
+
+
 SUMS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda s: s.split(2, 2)[0] + s[:, :, 2:].roll(1, 3),
     lambda s: (s + s.flip(3)) * s.roll(1, 4),
@@ -891,10 +895,24 @@ SUMS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda s: sum([s, s.roll(1, 4)]),  # type: ignore[return-value]  # from 0
     lambda s: s.clone().add_(s.flip(3)).mul_(s.roll(1, 4)) + 1,
     lambda s: (1 - s) * s.roll(1, 4) + (1.0 - s.flip(3)),
+    lambda s: torch.minimum(s + s.flip(3), s + s.roll(1, 4)) + torch.max(s, s.flip(4)),
+)
+OF_SPIKES: tuple[Callable[[Tensor], Tensor], ...] = (  # OR, AND, XOR
+    lambda s: torch.maximum(s, s.roll(1, 4)),
+    lambda s: torch.min(s, s.flip(3)),
+    lambda s: (s + s.roll(1, 4)).clamp(0, 1),
+    lambda s: (s + s.roll(1, 4)).clamp_(max=1.0),
+    lambda s: either(s, s.roll(1, 4)),
+    lambda s: (s + s.flip(3) > 0).float(),
+    lambda s: (s != s.flip(3)).to(s.dtype),
+    lambda s: torch.logical_or(s, s.flip(3)) * s.roll(1, 4),
 )
 
 
-@pytest.mark.parametrize(("moves", "target"), [(MOVES, "cpu"), (SUMS, "cpu"), (SUMS, "openvino")])
+@pytest.mark.parametrize(
+    ("moves", "target"),
+    [(MOVES, "cpu"), (OF_SPIKES, "cpu"), (OF_SPIKES, "openvino"), (SUMS, "cpu"), (SUMS, "openvino")],
+)
 def test_spikes_that_are_moved_are_spikes_and_their_sums_whole_numbers(
     moves: Sequence[Callable[[Tensor], Tensor]], target: str, tmp_path: Path
 ) -> None:
@@ -905,7 +923,7 @@ def test_spikes_that_are_moved_are_spikes_and_their_sums_whole_numbers(
     assert exported.parity is not None and exported.parity.is_local
     plain, native = (Engine(exported.path, threads=1, native=native) for native in (False, True))
     layers = [layer for layer in plain.metadata["layers"] if layer["precision"] == "int8"]
-    assert [layer["binary"] for layer in layers] == [moves is MOVES] * len(moves)
+    assert [layer["binary"] for layer in layers] == [moves is not SUMS] * len(moves)
     images = digits().images[:20]
     np.testing.assert_allclose(native.run(images, 3).per_step, plain.run(images, 3).per_step, rtol=0.0, atol=1e-5)
 
@@ -1016,6 +1034,14 @@ def test_what_is_no_longer_spikes_stays_in_float32() -> None:
         lambda s: torch.stack([s, s * 0.5]).sum(0),
         lambda s: torch.stack([s, s * 0.5])[1],
         lambda s: nn.functional.avg_pool2d(s.flatten(0, 1), 2).unflatten(0, s.shape[:2]),
+        lambda s: (s + s).clamp(0.5, 1),
+        lambda s: (s + s).clamp(max=0.5),
+        lambda s: (s + s).clamp(max=-1),
+        lambda s: torch.maximum(s, s * 0.5),
+        lambda s: (s * 0.5 > s.roll(1, 4)).float(),  # the left is not followed
+        lambda s: either(s, s) - either(s + s, s),
+        lambda s: torch.sub(s + s, s * s, alpha=2),
+        lambda s: (s + s.roll(1, 4)) - s * s.flip(3),
     )
     assert not spiking_convolutions(Tracer(classifier(network), encoding="direct", uint8=True).folded(2))
 

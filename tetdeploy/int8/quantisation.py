@@ -332,14 +332,16 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
 _LARGEST_SUM = 127  # fits every target's bytes, and two times a weight fit 16 bits
 _OF_TWO: dict[Any, Callable[[list[int]], int]] = {
     aten.add.Tensor: sum, aten.add_.Tensor: sum, aten.mul.Tensor: math.prod, aten.mul_.Tensor: math.prod,
+    aten.maximum.default: max, aten.max.other: max, aten.minimum.default: min, aten.min.other: min,
 }  # fmt: skip
 _OF_LIST: dict[Any, Callable[[list[int]], int]] = {aten.cat.default: max, aten.stack.default: max}
 _PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+_CLAMPS = (aten.clamp.default, aten.clamp_.default)
 _MAXIMA = (aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
 _HAND_ON = {
     *VIEWS, *MOVES, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.dims,
     aten.flip.default, aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
+    aten.channel_shuffle.default, aten.to.dtype,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, *_MAXIMA,
     aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
 }  # fmt: skip
@@ -380,8 +382,14 @@ def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
         fired: Any = node.args[0]
         if fired.target is torch.ops.tetdeploy.lif.default:
             return 1 if node.args[1] == 0 else None
+    if _is_comparison(node):  # of spikes, and of nothing else
+        return 1 if all(value in largest for value in node.all_input_nodes) else None
     if _hands_on(node):
         return largest.get(node.args[0])  # type: ignore[arg-type]
+    if node.target in _CLAMPS:
+        return _clamped(largest.get(node.args[0]), *node.args[1:])  # type: ignore[arg-type]
+    if node.target is aten.sub.Tensor and _is_either(node, largest):
+        return 1
     if node.target is aten.rsub.Scalar:  # 1 - s: with a product it makes AND NOT of spikes
         is_one = node.args[1:] == (1,) and not node.kwargs
         return 1 if is_one and largest.get(node.args[0], 2) <= 1 else None  # type: ignore[arg-type]
@@ -390,3 +398,27 @@ def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
     if not parts or min(known) < 0 or "alpha" in node.kwargs:  # of a sum
         return None
     return (_OF_TWO | _OF_LIST)[node.target](known)
+
+
+def _is_comparison(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
+def _clamped(most: int | None, low: Any = None, high: Any = None) -> int | None:
+    """Whole numbers from 0 to `most`, cut off at a whole number: a sum of spikes becomes their OR."""
+    if most is None or low not in (None, 0):
+        return None
+    if high is None:
+        return most
+    return min(most, int(high)) if isinstance(high, int | float) and high >= 0 and float(high).is_integer() else None
+
+
+def _is_either(node: fx.Node, largest: Mapping[fx.Node, int]) -> bool:
+    """Whether it is a + b - a b: OR of spikes a and b."""
+    operands: Any = node.args
+    total, both = operands
+    if node.kwargs or total not in largest or both not in largest:  # a sum or product that was not written over
+        return False
+    is_pair = total.target is aten.add.Tensor and both.target is aten.mul.Tensor and {*total.args} == {*both.args}
+    return is_pair and all(largest.get(spikes) == 1 for spikes in total.args)
