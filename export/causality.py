@@ -18,6 +18,8 @@ from torch.utils.module_tracker import ModuleTracker
 from tetdeploy.data import Encoding
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.networks.smooth_spike import steepness
+from tetdeploy.networks.twins import computes_other
+from tetdeploy.neurons import LIF
 from tetdeploy.storage.files import lacks_temporary_folder
 from tetdeploy.tracing import MAKES_NUMBERS
 from tetdeploy.wording import counted, shorten
@@ -277,11 +279,18 @@ def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[
             f"the network mixes the images of a batch, and the steps: BN without running statistics ({shorten(batch)}) "
             "takes those of the batch in inference, too; keep its track_running_stats on"
         )
+    own = [
+        f"{name} ({type(layer).__name__})"
+        for name, layer in double.network.named_modules()
+        if isinstance(layer, LIF) and computes_other(layer)
+    ]
+    what_own = f"; neurons that compute something of their own may, as by a soft reset: {shorten(own)}" if own else ""
     what_changed = f"; this run changed what is kept in {shorten(changed)}" if changed else ""
     return ValueError(
         f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of a "
         "single step that starts from the same membranes; every step must be computed alike, by the same weights, and "
-        f"only LIF and IF of tetdeploy.neurons may carry anything from one step to the next{what_changed}{numbers}"
+        f"only LIF and IF of tetdeploy.neurons may carry anything from one step to the next"
+        f"{what_own}{what_changed}{numbers}"
     )
 
 

@@ -1001,6 +1001,24 @@ class CountsCalls(Small):
         return spikes * self.calls
 
 
+class ResetsSoftly(Small):
+    class Soft(LIF):
+        def forward(self, current: Tensor) -> Tensor:
+            u, fired = torch.zeros_like(current[0]), []
+            for step in current:
+                u = self.tau * u + step
+                fired.append((u > self.v_th).to(u.dtype))
+                u = u - self.v_th * fired[-1]
+            return torch.stack(fired)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.soft = self.Soft()
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return self.soft(spikes * 0.8)
+
+
 class HidesWhatNeuronsRead(Small):
     """Neurons too far from the threshold to tell read a current that mixes time and is written over after that."""
 
@@ -1221,6 +1239,7 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (MeanOverTime, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),
     (DropsOut, ValueError, r"draws random numbers in inference, .* training=self\.training to F\.dropout"),
     (CountsCalls, ValueError, r"mixes time .* changed what is kept in network \(CountsCalls of test_export\)$"),
+    (ResetsSoftly, ValueError, r"mixes time .* to the next; neurons .* own may, as by a soft reset: soft \(Soft\)$"),
     (HidesWhatNeuronsRead, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs"),
     (RunningSum, ValueError, "mixes time outside its neurons: its answer at step 2 of T=6 differs"),
     (KeptOutside, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),

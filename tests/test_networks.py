@@ -279,6 +279,9 @@ def normed(num_classes, in_channels, image_size):
 def lazy(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 
+def lazy_statistics(num_classes, in_channels, image_size):
+    return nn.LazyBatchNorm2d(affine=False)
+
 class InAList(nn.Module):
     def __init__(self, num_classes, register):
         super().__init__()
@@ -329,6 +332,7 @@ def test_the_code_of_an_own_network_is_told_by_its_file(own_module: str) -> None
         ("number", r"own_\d+:number must return a torch\.nn\.Module, got int"),
         ("too_few", r"own_\d+:too_few must be a function of num_classes, in_channels, image_size: got an unexpected"),
         ("normed", r"own_\d+:normed returns a network whose '1' keeps a weight that it computes of others"),
+        ("lazy_statistics", "whose 'running_mean' gets its size from the first image"),
         ("lazy", r"own_\d+:lazy returns a network whose .1\.weight. gets its size from the first image; .* run the"),
         ("in_a_list", r"own_\d+:in_a_list returns a network whose '1' keeps weights to train out of .*; use nn\.Mod"),
         ("value", r"own_\d+:value must be a function of num_classes, .*: 3 is not a callable object"),

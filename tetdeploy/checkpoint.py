@@ -193,9 +193,7 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
             the network has no size yet.
         MisfitError: keys are missing, unexpected or misshapen (up to 20 of each are named).
     """
-    from torch.nn.parameter import is_lazy
-
-    from tetdeploy.networks import warn_of_other_code
+    from tetdeploy.networks import warn_of_other_code, without_size
 
     check_flag("other_classes", other_classes)
     checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
@@ -204,7 +202,7 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
         before = checkpoint.metadata["provenance"].get("code_sha256")
         warn_of_other_code(classifier.config, before, checkpoint.path)
     own = classifier.network.state_dict()
-    if lazy := [name for name, tensor in own.items() if is_lazy(tensor)]:
+    if lazy := without_size(classifier.network):
         raise ValueError(
             f"{lazy[0]!r} of the network gets its size from the first image; run the network once, on zeros of the "
             "image's size, before it takes the weights"

@@ -207,7 +207,7 @@ def import_network(config: NetworkConfig) -> nn.Module:
             "dict, as a list of Python does: no optimiser and no checkpoint would see them; use nn.ModuleList, "
             "nn.ModuleDict or nn.ParameterList, or .requires_grad_(False) for those that are not to train"
         )
-    if lazy := [name for name, parameter in network.named_parameters() if is_lazy(parameter)]:
+    if lazy := without_size(network):
         raise ValueError(
             f"{config.model} returns a network whose {lazy[0]!r} gets its size from the first image; let the function "
             "run the network once, on zeros of the image's size, before it returns it"
@@ -251,6 +251,11 @@ def warn_of_other_code(config: NetworkConfig, before: str | None, trained: Path)
         file = sys.modules[config.model.partition(":")[0]].__file__
         text = f"{file} has changed since the training of {trained}: its results may be of another network"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def without_size(network: nn.Module) -> list[str]:
+    """What of a network's state gets its size from the first image, as in `nn.LazyConv2d`."""
+    return [name for name, tensor in network.state_dict().items() if is_lazy(tensor)]
 
 
 def _keeps_computed(module: nn.Module) -> bool:

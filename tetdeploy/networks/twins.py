@@ -66,7 +66,7 @@ def _replaced(network: N, replacement: Callable[[LIF], nn.Module]) -> N:
     neurons = [(path, m) for path, m in twin.named_modules(remove_duplicate=False) if isinstance(m, LIF)]
     if not neurons:
         raise ValueError(f"{type(network).__name__} has no LIF or IF neurons to replace; it is no spiking network")
-    if own := [neuron for _, neuron in neurons if _computes_other(neuron)]:
+    if own := [neuron for _, neuron in neurons if computes_other(neuron)]:
         raise ValueError(
             f"{type(own[0]).__name__} computes or learns something of its own, which would be left out where ReLU or "
             "smooth spikes take the place of neurons: build the network with LIF and IF for that, or put what is added "
@@ -77,7 +77,7 @@ def _replaced(network: N, replacement: Callable[[LIF], nn.Module]) -> N:
     return twin
 
 
-def _computes_other(neuron: LIF) -> bool:
+def computes_other(neuron: LIF) -> bool:
     """Whether it is more than LIF or `SmoothLIF` with the settings that its class may choose."""
     kind = type(neuron)
     known = (kind.forward, kind.with_state) in [
