@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
-from tetdeploy.arguments import check_count, check_flags
+from tetdeploy.arguments import check_choice, check_count, check_flags
 from tetdeploy.data import Encoding
 from tetdeploy.steps import MAX_T
 
@@ -68,8 +68,7 @@ class ExportConfig:
             raise ValueError(
                 f"precision {self.precision} needs BN folded into the convolutions: leave out --no-fold-bn"
             )
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
+        check_choice("layout", self.layout, LAYOUTS)
         if self.encoding not in ("direct", "frames"):
             raise ValueError(f"unknown encoding {self.encoding!r}; choose direct or frames")
         for name in ("T", "trained_T"):
@@ -107,9 +106,8 @@ class ExportConfig:
 
 def _check_target(target: Target, precision: Precision) -> None:
     """Refuse what the table does not have: an unknown name, or a precision with nothing to gain on the target."""
-    for what, name, known in (("target", target, TARGETS), ("precision", precision, PRECISIONS)):
-        if name not in known:
-            raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(known)}")
+    check_choice("target", target, TARGETS)
+    check_choice("precision", precision, PRECISIONS)
     if reason := REFUSED.get((target, precision)):
         others = ", ".join(p for p in PRECISIONS if (target, p) not in REFUSED)
         where = ", ".join(t for t in TARGETS if (t, precision) not in REFUSED)

@@ -6,6 +6,7 @@ Each function raises ValueError for what it refuses; `name` is what the error ca
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import fields
 from os import PathLike
 from typing import Any
@@ -25,6 +26,13 @@ def check_flag(name: str, value: Any, *, or_none: bool = False) -> None:
     refused too, for JSON does not hold them."""
     if not isinstance(value, bool) and not (or_none and value is None):
         raise ValueError(f"{name} must be True or False{', or None' * or_none}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse what is none of the `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
 
 
 def check_number(name: str, value: Any) -> float:

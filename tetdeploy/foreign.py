@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tetdeploy.arguments import check_count
+from tetdeploy.arguments import check_choice, check_count
 from tetdeploy.checkpoint import check_keys, save_checkpoint
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -118,8 +118,7 @@ def import_checkpoint(
             misshapen; weights are not floating or not stored as plain tensors; names of one tensor disagree; a weight
             is not finite in float32, a variance negative. All of a kind are listed.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
+    check_choice("architecture", arch, ARCHITECTURES)
     tensors = _without_prefix(_state_dict(_read(Path(path)), path))
     config = _config(tensors, arch, in_channels, image_size)
     with torch.device("meta"):

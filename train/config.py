@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from tetdeploy.arguments import check_flags, check_number, check_whole
+from tetdeploy.arguments import check_choice, check_flags, check_number, check_whole
 from tetdeploy.steps import MAX_T
 from tetdeploy.wording import counted
 
@@ -162,9 +162,7 @@ class TrainConfig:
         for name in _RANGES:
             self._check_number(name)
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+            check_choice(name, getattr(self, name), choices)
         check_device(self.device)
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):

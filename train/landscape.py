@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tetdeploy.arguments import check_count, check_number, check_whole
+from tetdeploy.arguments import check_choice, check_count, check_number, check_whole
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.networks import Classifier
 from tetdeploy.steps import MAX_T
@@ -82,8 +82,7 @@ class LandscapeConfig:
             raise ValueError(f"extent is {self.extent}; it must be above 0 and finite")
         if check_whole("seed", self.seed) < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        check_choice("precision", self.precision, PRECISIONS)
 
     @property
     def axis(self) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ import re
 from importlib.util import find_spec
 from typing import Any
 
+from tetdeploy.arguments import check_choice
 from tetdeploy.system.extras import MissingExtraError, import_extra
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -33,10 +34,9 @@ def choose_package(asked: str = "auto") -> str:
         ValueError: an unknown name.
         MissingExtraError: neither is installed.
     """
-    if asked in MODULES:
-        return asked
+    check_choice("package", asked, ("auto", *MODULES))
     if asked != "auto":
-        raise ValueError(f"unknown package {asked!r}; choose one of auto, {', '.join(MODULES)}")
+        return asked
     installed = [package for package, module in MODULES.items() if find_spec(module) is not None]
     if not installed:
         raise MissingExtraError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy import native
-from tetdeploy.arguments import check_whole
+from tetdeploy.arguments import check_choice, check_whole
 from tetdeploy.runtimes.cuda_graphs import PROVIDER_OPTIONS as GRAPH_OPTIONS
 from tetdeploy.runtimes.cuda_graphs import GraphSession, why_not
 from tetdeploy.runtimes.native_session import NativeSession
@@ -184,16 +184,14 @@ def gains_from_native(metadata: Mapping[str, Any], device: str, runtime: str) ->
 
 def check_runtime(runtime: str, device: str) -> None:
     """Refuse a runtime that there is not, or not on this device, with ValueError."""
-    if runtime not in RUNTIMES:
-        raise ValueError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    check_choice("runtime", runtime, RUNTIMES)
     if runtime == "openvino" and device != "cpu":
         raise ValueError(f"runtime openvino runs on the CPU only, got device {device!r}; choose runtime onnxruntime")
 
 
 def _providers(device: str) -> list[str]:
     """ONNX Runtime's execution providers for a device, if it can be asked for them."""
-    if device not in PROVIDERS:
-        raise ValueError(f"unknown device {device!r}; choose one of {', '.join(PROVIDERS)}")
+    check_choice("device", device, PROVIDERS)
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if len(both) == 2:
         raise ValueError(
