@@ -525,6 +525,8 @@ def test_refused_devices_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = exported("dynamic")
     with pytest.raises(ValueError, match="unknown device 'tpu'; choose one of cpu, cuda, tensorrt"):
         Engine(path, device="tpu")
+    with pytest.raises(ValueError, match=r"unknown device \['cpu'\]; choose one of cpu, cuda, tensorrt"):
+        Engine(path, device=["cpu"])  # type: ignore[arg-type]
     for threads in (0, 10_000):
         with pytest.raises(ValueError, match=rf"threads must be 1 to \d+, got {threads}"):
             Engine(path, threads=threads)
