@@ -24,7 +24,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from tetdeploy.arguments import check_count
-from tetdeploy.data import Encoding
+from tetdeploy.data import Encoding, check_encoding
 from tetdeploy.folding import (
     DROPOUT,
     VIEWS,
@@ -101,8 +101,7 @@ def export_nir(
     path = Path(path)
     check_classifier(classifier)
     trained_T = check_count("trained_T", trained_T)
-    if encoding not in get_args(Encoding):
-        raise ValueError(f"unknown encoding {encoding!r}; choose direct or frames")
+    check_encoding(encoding)
     graph, num_folded = nir_graph(classifier.eval(), encoding=encoding)
     graph.metadata = {METADATA_KEY: json.dumps(_describe(classifier, trained_T, encoding, source))}
     file = io.BytesIO()  # HDF5 ends the process where it cannot close a file, as on a full disk

@@ -23,7 +23,7 @@ from .frames import FrameSet, load_frames, load_npz
 from .image_files import ImageFiles, read_crop
 from .imagenet import is_imagenet, load_imagenet
 from .images import ImageSet, save_npz, split_validation, stratified
-from .labelled import Encoding, LabelledSet, Split
+from .labelled import Encoding, LabelledSet, Split, check_encoding
 from .saccades import saccade_set
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "LabelledSet",
     "Recording",
     "Split",
+    "check_encoding",
     "check_recorded",
     "holds_out_others",
     "is_copy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,12 @@ from .fingerprint import images_sha256
 
 Split = Literal["train", "test"]
 Encoding = Literal["direct", "frames"]
+
+
+def check_encoding(encoding: str) -> None:
+    """Refuse any other encoding, with ValueError."""
+    if encoding not in get_args(Encoding):
+        raise ValueError(f"unknown encoding {encoding!r}; choose {' or '.join(get_args(Encoding))}")
 
 
 class LabelledSet:
