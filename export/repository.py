@@ -245,7 +245,7 @@ def _add(writing: ExitStack, folder: Path, source: _Source) -> Added:
     config = model_config(source, folder.name)
     if folder.exists():
         _check_successor(folder, config, source)
-        version = 1 + max((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), default=0)
+        version = 1 + max((int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()), default=0)
         staged = writing.enter_context(atomic_folder(folder / str(version)))
     else:
         version = 1

@@ -198,7 +198,8 @@ def test_a_new_version_keeps_the_configuration(batch: int, tmp_path: Path) -> No
     edited = (folder / "config.pbtxt").read_text().replace("max_batch_size: 64", f"max_batch_size: {batch}  # ours")
     assert "# ours" in edited
     (folder / "config.pbtxt").write_text(edited)
-    (folder / "10").mkdir()
+    for other in ("10", "²"):  # a digit, which int() takes for none
+        (folder / other).mkdir()
     (added,) = add_to_repository(folder.parent, [exported("unrolled", T=3)], "digits")
     assert (added.version, added.path) == (11, folder)
     assert (folder / "11" / "model.onnx").read_bytes() == exported("unrolled", T=3).read_bytes()
