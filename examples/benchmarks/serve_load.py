@@ -272,11 +272,11 @@ def faults(model: Path, threads: int | None, x: Any, expected: Any) -> dict[str,
         found["beside bad clients"] = dict(load.outcomes) | {"growth_mb": growth}
         found["15 half bodies of 60 MB"] = {"growth_mb": half_bodies(server)}
         load = Load(server.address, x, expected)
-        load.run(16, lambda: _end_after(2, server.process.terminate))
+        load.run(16, lambda: _end_soon(server.process.terminate))
         found["graceful stop"] = dict(load.outcomes) | {"exit_code": server.process.wait()}
     with Server(model, threads) as server:
         load = Load(server.address, x, expected)
-        load.run(16, lambda: _end_after(2, server.process.kill))
+        load.run(16, lambda: _end_soon(server.process.kill))
         found["killed"] = dict(load.outcomes)
     with Server(model, threads) as server:
         load = Load(server.address, x, expected)
@@ -284,9 +284,9 @@ def faults(model: Path, threads: int | None, x: Any, expected: Any) -> dict[str,
     return found | {"restarted": dict(load.outcomes)}
 
 
-def _end_after(seconds: float, end: Callable[[], None]) -> None:
+def _end_soon(end: Callable[[], None]) -> None:
     """End a server under load, and let its clients see that it is gone."""
-    time.sleep(seconds)
+    time.sleep(2)
     end()
     time.sleep(2)
 
