@@ -452,6 +452,7 @@ def test_damaged_words_on_data_and_training_are_refused(
     [
         ({"T": "4"}, r"training\.T must be a whole number of at least 1, got '4'"),
         ({"T": 0}, r"training\.T must be a whole number of at least 1, got 0"),
+        ({"seed": 2**64}, "a whole number is beyond 64 bits: 18446744073709551616"),
         ({"val_fraction": 7}, r"training\.val_fraction must be a number from 0 to 1, got 7"),
     ],
 )

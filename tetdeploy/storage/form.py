@@ -30,12 +30,13 @@ def _with_null(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """`value` as `json_text` would give it back: tuples become lists.
+    """`value` as it will be read from a file: tuples become lists.
 
     Raises:
         TypeError: it holds what JSON has no form for.
+        ValueError: it holds what `parse_json` refuses.
     """
-    return json.loads(json_text(value))
+    return parse_json(json_text(value))
 
 
 def parse_json(text: str | bytes) -> Any:
