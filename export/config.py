@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from numpy.typing import NDArray
 
 from tetdeploy.arguments import check_choice, check_count, check_flags
-from tetdeploy.data import Encoding, check_encoding
+from tetdeploy.data import ENCODINGS, Encoding
 from tetdeploy.steps import MAX_T
 
 Layout = Literal["unrolled", "dynamic", "step"]
@@ -69,7 +69,7 @@ class ExportConfig:
                 f"precision {self.precision} needs BN folded into the convolutions: leave out --no-fold-bn"
             )
         check_choice("layout", self.layout, LAYOUTS)
-        check_encoding(self.encoding)
+        check_choice("encoding", self.encoding, ENCODINGS)
         for name in ("T", "trained_T"):
             object.__setattr__(self, name, check_count(name, getattr(self, name), MAX_T))
         if self.with_state and self.layout != "unrolled":

@@ -31,8 +31,8 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from tetdeploy.arguments import check_count
-from tetdeploy.data import Encoding, check_encoding
+from tetdeploy.arguments import check_choice, check_count
+from tetdeploy.data import ENCODINGS, Encoding
 from tetdeploy.folding import (
     DROPOUT,
     VIEWS,
@@ -101,7 +101,7 @@ def export_nir(
     path = Path(path)
     check_classifier(classifier)
     trained_T = check_count("trained_T", trained_T)
-    check_encoding(encoding)
+    check_choice("encoding", encoding, ENCODINGS)
     graph, num_folded = nir_graph(classifier.eval(), encoding=encoding)
     graph.metadata = {METADATA_KEY: json.dumps(_describe(classifier, trained_T, encoding, source))}
     file = io.BytesIO()  # HDF5 ends the process where it cannot close a file, as on a full disk

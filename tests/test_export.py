@@ -1918,7 +1918,7 @@ def test_tokens_may_be_merged_elsewhere(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"layout": "rolled"}, "unknown layout 'rolled'; choose one of unrolled, dynamic, step"),
-    ({"encoding": "rate"}, "unknown encoding 'rate'; choose direct or frames"),
+    ({"encoding": "rate"}, "unknown encoding 'rate'; choose one of direct, frames"),
     ({"T": 0}, "T must be at least 1, got 0"),
     ({"T": 1025}, "T must be at most 1024, got 1025"),
     ({"T": 2.5}, r"T must be a whole number, got 2\.5"),

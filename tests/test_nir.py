@@ -504,7 +504,7 @@ def test_a_callers_autocast_is_not_in_the_graph() -> None:
     [
         ({"trained_T": 0}, "trained_T must be at least 1, got 0"),
         ({"trained_T": "4"}, "trained_T must be a whole number, got '4'"),
-        ({"trained_T": 4, "encoding": "images"}, "unknown encoding 'images'; choose direct or frames"),
+        ({"trained_T": 4, "encoding": "images"}, "unknown encoding 'images'; choose one of direct, frames"),
         ({"trained_T": 4, "classifier": nn.Identity()}, "classifier must be a Classifier, got Identity"),
     ],
 )

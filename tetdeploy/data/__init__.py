@@ -23,11 +23,12 @@ from .frames import FrameSet, load_frames, load_npz
 from .image_files import ImageFiles, read_crop
 from .imagenet import is_imagenet, load_imagenet
 from .images import ImageSet, save_npz, split_validation, stratified
-from .labelled import Encoding, LabelledSet, Split, check_encoding
+from .labelled import ENCODINGS, Encoding, LabelledSet, Split
 from .saccades import saccade_set
 
 __all__ = [
     "DATA_NAMES",
+    "ENCODINGS",
     "Binning",
     "Encoding",
     "FrameSet",
@@ -37,7 +38,6 @@ __all__ = [
     "LabelledSet",
     "Recording",
     "Split",
-    "check_encoding",
     "check_recorded",
     "holds_out_others",
     "is_copy",

@@ -16,7 +16,7 @@ from tetdeploy.storage.files import cache_folder
 
 Arrays = dict[str, NDArray[Any]]
 
-_FORMAT = "4"  # raise it when decoding or what is kept changes, so that older files are made anew
+_FORMAT = "5"  # raise it when decoding or what is kept changes, so that older files are made anew
 
 
 class Cache:

@@ -194,7 +194,7 @@ def to_frames(recording: Recording, binning: Binning, sensor: Size) -> NDArray[n
         pixels = ((p > 0) * height + y.astype(np.int64)) * width + x.astype(np.int64)
         counts: NDArray[Any] = np.bincount(pixels, minlength=2 * height * width).reshape(2, height, width)
         if (rows, columns) != sensor:
-            counts = np.rint(vertical @ counts @ horizontal)
+            counts = np.rint(vertical @ counts @ horizontal / (rows * columns))
         frame[:] = np.minimum(counts, 255)
     return frames
 
@@ -216,11 +216,12 @@ def _bins(t: NDArray[Any], binning: Binning) -> NDArray[np.int64]:
 
 
 def _shares(pixels: int, cells: int) -> NDArray[np.float64]:
-    """The share of each pixel that lies in each of `cells` equal cells of a line: [cells, pixels]."""
-    edges = np.arange(cells + 1)[:, None] * pixels / cells
-    pixel = np.arange(pixels)
-    overlap: NDArray[np.float64] = np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel)
-    return overlap.clip(0)
+    """How many parts, of `cells`, of each pixel lie in each of `cells` equal cells of a line: [cells, pixels]. As whole
+    numbers, so that their sums, and halves of an event, are exact on every machine."""
+    edges = np.arange(cells + 1)[:, None] * pixels
+    pixel = np.arange(pixels) * cells
+    overlap = np.minimum(edges[1:], pixel + cells) - np.maximum(edges[:-1], pixel)
+    return overlap.clip(0).astype(np.float64)
 
 
 def decode_recordings(paths: Sequence[Path], binning: Binning, sensor: Size, *, text: str) -> NDArray[np.uint8]:
@@ -339,6 +340,8 @@ def read_aedat4(path: Path) -> Recording:
         if "concatenate" not in str(error):
             raise
         raise ValueError("it holds no event") from None
+    except RuntimeError as error:
+        raise ValueError(f"it is damaged, or cut short: {error}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
             raise

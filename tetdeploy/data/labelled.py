@@ -15,12 +15,7 @@ from .fingerprint import images_sha256
 
 Split = Literal["train", "test"]
 Encoding = Literal["direct", "frames"]
-
-
-def check_encoding(encoding: str) -> None:
-    """Refuse any other encoding, with ValueError."""
-    if encoding not in get_args(Encoding):
-        raise ValueError(f"unknown encoding {encoding!r}; choose {' or '.join(get_args(Encoding))}")
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
 
 class LabelledSet:

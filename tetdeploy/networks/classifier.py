@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tetdeploy.arguments import check_type
-from tetdeploy.data import Encoding, Framing, check_encoding
+from tetdeploy.arguments import check_choice, check_type
+from tetdeploy.data import ENCODINGS, Encoding, Framing
 from tetdeploy.networks.ann import has_neurons, is_ann_twin
 from tetdeploy.networks.smooth_spike import steepness
 
@@ -89,7 +89,7 @@ class Classifier(nn.Module):
             raise ValueError(f"mean and std must be finite, got {mean} and {std}")
         if len(class_names) != config.num_classes:
             raise ValueError(f"{config.num_classes} classes need as many names, got {len(class_names)}")
-        check_encoding(encoding)
+        check_choice("encoding", encoding, ENCODINGS)
         _check_kind(network, config)
         self.network = network
         self.config = config
