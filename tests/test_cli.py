@@ -804,6 +804,17 @@ class TestCommands:
         assert f"{RUN} knows 10 classes, three.npz has 3: readout.2.weight, readout.2.bias start anew" in said
         assert "of 10 classes; three.npz has" in refused("train", "--qat", *options)
 
+    def test_classes_in_another_order_are_told_and_refused_for_fine_tuning(self, workplace: Path) -> None:
+        images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+        np.savez("turned.npz", images=images, labels=np.arange(60) % 10, class_names=[str(9 - k) for k in range(10)])
+        options = ("--init", RUN, "--data", "turned.npz", "--epochs", "1", "--warmup-epochs", "0")
+        means = f"label 0 means 9 to it, and 0 to {RUN}"
+        said = " ".join(printed("train", *options).split())
+        assert (
+            f"{means}; is this the data it was trained on? If not, the readout begins with the weights of other" in said
+        )
+        assert means in refused("train", "--qat", *options)
+
     def test_where_no_data_are_named_they_are_those_of_the_weights_or_of_the_teacher(self, workplace: Path) -> None:
         images = np.random.default_rng(0).integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
         np.savez("colour.npz", images=images, labels=np.arange(60) % 3)

@@ -158,15 +158,25 @@ def test_the_class_of_each_image_is_kept(runs: Path) -> None:
         measured = {entry["T"]: entry["accuracy"] for entry in row["accuracy"]}
         for T, classes in zip(kept["T"], predicted, strict=True):
             assert (classes == kept["labels"]).mean() == measured[T] if T in measured else (classes == -1).all()
-    save_npz(digits().select(slice(None, None, -1)), "turned.npz")
-    classifier = ann()
-    classifier.data = "turned.npz"
-    save_checkpoint(runs / "turned" / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["tetdeploy.cli.evaluate"], "_measure", None)  # it is refused before
-        said = refused("evaluate", "runs/snn", "runs/turned", "--T", "1", "--limit", "9", "--predictions", "q.npz")
-    assert "Error: --predictions: runs/turned is measured on other images than runs/snn; choose --data" in said
-    assert not Path("q.npz").exists()
+    same = digits()
+    others = {
+        "turned": same.select(slice(None, None, -1)),
+        "darker": replace(same, images=same.images // 2),
+        "same": same,
+    }
+    for name, images in others.items():
+        save_npz(images, f"{name}.npz")
+        classifier = ann()
+        classifier.data = f"{name}.npz"
+        save_checkpoint(runs / name / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
+    for name in ("turned", "darker"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules["tetdeploy.cli.evaluate"], "_measure", None)  # it is refused before
+            asked = ("evaluate", "runs/snn", f"runs/{name}", "--T", "1", "--limit", "9", "--predictions", "q.npz")
+            said = refused(*asked)
+        assert f"Error: --predictions: runs/{name} is measured on other images than runs/snn; choose --data" in said
+        assert not Path("q.npz").exists()
+    run("runs/snn", "runs/same", "--T", "1", "--limit", "9", "--predictions", "q.npz")
     run("runs/snn", "runs/turned", "--T", "1", "--limit", "9")
     run("runs/turned", "--T", "1", "--limit", "9", "--predictions", "p.npz")  # in their place
 

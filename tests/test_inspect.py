@@ -282,6 +282,11 @@ class TestTables:
                 "training",
                 "T=2, 9 epochs, SDT for 3 epochs, then TET λ=0.05",
             ),
+            (
+                MODEL | {"source": {"training": TRAINING | {"random_T": "1:6"}}},
+                "training",
+                "T=3 (drawn from 1:6), 2 epochs, TET λ=0.05, optimizer adamw, lr 0.002, seed 7",
+            ),
             (MODEL | {"source": TIT}, "training", "TIT 2:3, SDT, optimizer adamw, lr 0.002, seed 7"),
             (
                 MODEL | {"source": {"training": TRAINING | {"qat": True}}},

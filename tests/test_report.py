@@ -1003,6 +1003,8 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         shutil.copytree(trained, tmp_path / "runs", symlinks=True)
         assert "runs/tet/report.html" in printed("report", "--markdown", "r.md", "--title", "Two epochs")
+        assert "r.png has no name of one; choose another with --out, in .html" in refused("report", "--out", "r.png")
+        assert not Path("r.png").exists()
         found = Page((tmp_path / "runs/tet/report.html").read_text(encoding="utf-8"))
         (sweep,) = (json.loads(file.read_text()) for file in (tmp_path / "runs/tet").glob("*.sweep.json"))
         at_trained = next(row for row in sweep["rows"] if row["T"] == 2)

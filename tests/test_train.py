@@ -723,6 +723,7 @@ def test_frames_that_are_not_read_and_classes_without_an_image_are_said() -> Non
     data = FrameSet("own.npz", "train", frames, np.array([1, 2, 1]), names, (0.0,), (1.0,))
     unread, missing = remarks(data, settings(T=2))
     assert unread == "own.npz has 5 frames a recording, of which T=2 reads the first 2; --T 5 reads all"
+    assert remarks(data, settings(T=1), ann=True)[0].endswith("reads the first 1; an ANN has no time to read others")
     assert missing == "own.npz has no training image of 1 of 3 classes: 0; labels are counted from 0"
     assert remarks(data.select([0]), settings(T=5))[0].endswith("of 2 of 3 classes: 0, 2; labels are counted from 0")
     assert remarks(TRAIN, settings()) == []

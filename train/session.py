@@ -218,7 +218,7 @@ def _check_frames(data: LabelledSet, config: TrainConfig) -> None:
         )
 
 
-def remarks(data: LabelledSet, config: TrainConfig) -> list[str]:
+def remarks(data: LabelledSet, config: TrainConfig, *, ann: bool = False) -> list[str]:
     """What to say of the training data before a run: frames that no T reads or whose counts say little, images that are
     all but black or may be frames, and classes without an image."""
     lines = []
@@ -231,9 +231,10 @@ def remarks(data: LabelledSet, config: TrainConfig) -> list[str]:
             f"[N, {channels}, 1, {height}, {width}]"
         )
     if data.encoding == "frames" and data.x.shape[1] > config.longest_T:
+        read_all = "an ANN has no time to read others" if ann else f"--T {data.x.shape[1]} reads all"
         lines.append(
             f"{data.name} has {data.x.shape[1]} frames a recording, of which T={config.longest_T} reads the first "
-            f"{config.longest_T}; --T {data.x.shape[1]} reads all"
+            f"{config.longest_T}; {read_all}"
         )
     if data.framing is not None:
         lines += _remarks_on_counts(data, by=data.framing.by)
@@ -311,7 +312,7 @@ def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int 
         graphs=StepGraphs(classifier) if how.cuda_graphs else None,
         settings=settings,
         how=how,
-        remarks=remarks(task.train_set, config),
+        remarks=remarks(task.train_set, config, ann=task.classifier.config.ann),
     )
 
 

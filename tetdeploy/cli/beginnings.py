@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.class_names import check_classes
 from tetdeploy.cli.inputs import of_fewer_held_out
 from tetdeploy.cli.recipe import is_given, is_typed
 from tetdeploy.cli.terminal import console
@@ -229,7 +230,7 @@ def _take_data(ctx: click.Context, weights: Path, data: Mapping[str, Any], optio
 
 
 def start_from(ctx: click.Context, classifier: Classifier, init: Checkpoint) -> None:
-    """Take the weights of `init`, and say which ones its number of classes leaves out.
+    """Take the weights of `init`, and say which ones its number of classes leaves out, or that its classes are others.
 
     Raises:
         ValueError: they do not fit the network; a model or a width that was given and is not theirs is named, and
@@ -259,6 +260,12 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Checkpoint) -> 
             f"{init.path} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
             style="yellow",
         )
+        return
+    names = tuple(init.metadata["data"]["class_names"])
+    try:
+        check_classes(str(init.path), names, classifier.data, classifier.class_names)
+    except ValueError as error:
+        console.print(f"{error} If not, the readout begins with the weights of other classes", style="yellow")
 
 
 def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, val_fraction: float) -> None:
@@ -289,10 +296,11 @@ def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, 
 
 
 def check_same_inputs(init: Path, metadata: Mapping[str, Any], data: LabelledSet) -> None:
-    """Refuse data of another kind than the checkpoint's network takes."""
+    """Refuse data of another kind than the checkpoint's network takes, or to which its labels mean other classes."""
     kept = metadata["data"]
     theirs = kept["encoding"], list(kept["image_shape"]), len(kept["class_names"])
     ours = data.encoding, list(data.image_shape), len(data.class_names)
     if theirs != ours:
         wanted, got = (f"{encoding} input {shape} of {count} classes" for encoding, shape, count in (theirs, ours))
         raise ValueError(f"{init} takes {wanted}; {data.name} has {got}: choose the --data it was trained on")
+    check_classes(str(init), tuple(kept["class_names"]), data.name, data.class_names)

@@ -198,9 +198,13 @@ def _shared_labels(paths: Sequence[Path], data_sets: _DataSets) -> NDArray[np.in
     """The labels of the images that all runs are measured on, as --predictions needs it."""
     from tetdeploy.checkpoint import read_checkpoint
 
-    labels: NDArray[np.int64] = data_sets.of(read_checkpoint(paths[0])).labels
+    first = data_sets.of(read_checkpoint(paths[0]))
+    labels: NDArray[np.int64] = first.labels
     for path in paths[1:]:
-        if not np.array_equal(data_sets.of(read_checkpoint(path)).labels, labels):
+        images = data_sets.of(read_checkpoint(path))
+        # Recordings of the same name may be cut into other frames.
+        are_same = images.name == first.name or images.fingerprint == first.fingerprint
+        if not (are_same and np.array_equal(images.labels, labels)):
             raise ValueError(
                 f"--predictions: {path} is measured on other images than {paths[0]}; choose --data, or write a file "
                 "for each"

@@ -65,6 +65,8 @@ def report(
     out = out or (paths[0] / "report.html" if len(paths) == 1 and paths[0].is_dir() else Path("report.html"))
     check_writable(out, begins=b"<", remedy="choose another with --out")
     check_distinct({"--out": out, "--markdown": markdown})
+    if out.suffix.lower() not in ("", ".html", ".htm"):
+        raise ValueError(f"a report is a page, and {out} has no name of one; choose another with --out, in .html")
     results = read_results(paths, names)
     document = document_of(results, title)
     texts = {out: to_html(document)} | ({markdown: to_markdown(document)} if markdown else {})

@@ -35,7 +35,7 @@ from tetdeploy.cli.options import (
 )
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
-from tetdeploy.names import is_own_model
+from tetdeploy.names import is_npz, is_own_model
 from tetdeploy.storage.files import atomic_write, write_json
 from tetdeploy.storage.run_folder import CONFIG_NAME, LATEST_NAME, METRICS_NAME, SUMMARY_NAME
 from tetdeploy.system.extras import import_extra
@@ -533,9 +533,10 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
 
 
 def _say_next(run: Path, job: _Job) -> None:
-    if job.network["ann"]:
+    of_frames = job.train.encoding == "frames" and is_npz(job.train.name)  # no teacher sees them whole
+    if job.network["ann"] and not of_frames:
         say_next("train", "--distill", run, *job.own)
-    elif not job.exports:
+    elif job.network["ann"] or not job.exports:
         say_next("evaluate", run, *job.own)
     elif not job.network["smooth_spike"]:
         steps = ("--T", 6) if job.train.encoding == "direct" else ()  # recordings were cut into the training's T frames
