@@ -289,7 +289,7 @@ def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[
     return ValueError(
         f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of a "
         "single step that starts from the same membranes; every step must be computed alike, by the same weights, and "
-        f"only LIF and IF of tetdeploy.neurons may carry anything from one step to the next"
+        "only LIF and IF of tetdeploy.neurons may carry anything from one step to the next"
         f"{what_own}{what_changed}{numbers}"
     )
 

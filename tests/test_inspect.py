@@ -285,7 +285,7 @@ class TestTables:
             (
                 MODEL | {"source": {"training": TRAINING | {"random_T": "1:6"}}},
                 "training",
-                "T=3 (drawn from 1:6), 2 epochs, TET λ=0.05, optimizer adamw, lr 0.002, seed 7",
+                "T drawn from 1:6, validated at T=3, 2 epochs, TET λ=0.05, optimizer adamw, lr 0.002, seed 7",
             ),
             (MODEL | {"source": TIT}, "training", "TIT 2:3, SDT, optimizer adamw, lr 0.002, seed 7"),
             (

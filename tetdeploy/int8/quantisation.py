@@ -382,11 +382,11 @@ def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
         fired: Any = node.args[0]
         if fired.target is torch.ops.tetdeploy.lif.default:
             return 1 if node.args[1] == 0 else None
-    if _is_comparison(node):  # of spikes, and of nothing else
+    if _is_boolean(node):  # a comparison of spikes, and of nothing else
         return 1 if all(value in largest for value in node.all_input_nodes) else None
     if _hands_on(node):
         return largest.get(node.args[0])  # type: ignore[arg-type]
-    if node.target in _CLAMPS:
+    if node.target in _CLAMPS and not node.kwargs:
         return _clamped(largest.get(node.args[0]), *node.args[1:])  # type: ignore[arg-type]
     if node.target is aten.sub.Tensor and _is_either(node, largest):
         return 1
@@ -400,7 +400,7 @@ def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
     return (_OF_TWO | _OF_LIST)[node.target](known)
 
 
-def _is_comparison(node: fx.Node) -> bool:
+def _is_boolean(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype == torch.bool
 

@@ -166,8 +166,9 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
 def _training(training: Mapping[str, Any]) -> str:
     epochs: Any = training.get("epochs")
     tit, random_T = training.get("tit"), training.get("random_T")
-    drawn = f" (drawn from {random_T})" if random_T else ""
-    steps = f"TIT {tit}" if tit else f"T={training.get('T')}{drawn}, {counted(epochs, 'epoch')}"
+    validated = f"T={training.get('T')}"
+    steps = f"T drawn from {random_T}, validated at {validated}" if random_T else validated
+    steps = f"TIT {tit}" if tit else f"{steps}, {counted(epochs, 'epoch')}"
     name, first, lam = str(training.get("loss", "")), training.get("switch_to_tet"), training.get("lam")
     loss = name.upper()
     if first:
