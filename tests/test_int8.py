@@ -950,6 +950,22 @@ def test_spikes_that_are_written_over_later_are_spikes() -> None:
     assert list(spiking_convolutions(module).values()) == ["drop.1", "conv.0"]
 
 
+class InFloat64(InPlace):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.double()
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif2(self.drop(self.lif1(self.encode(x, T))))
+        logits: Tensor = self.readout(self.lif1(self.conv(spikes.double()).float()))
+        return logits
+
+
+def test_a_convolution_in_another_type_stays_in_it() -> None:
+    module = Tracer(classifier(InFloat64()), encoding="direct", uint8=True).folded(2)
+    assert list(spiking_convolutions(module).values()) == ["drop.1"]
+
+
 class Darker(InPlace):
     """It writes over its input."""
 

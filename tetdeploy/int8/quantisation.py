@@ -341,7 +341,7 @@ _MAXIMA = (aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, a
 _HAND_ON = {
     *VIEWS, *MOVES, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.dims,
     aten.flip.default, aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default, aten.to.dtype,
+    aten.channel_shuffle.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, *_MAXIMA,
     aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
 }  # fmt: skip
@@ -351,6 +351,8 @@ def _hands_on(node: fx.Node) -> bool:
     """Whether an operation only copies values, moves them, leaves some out, or puts zeros beside them."""
     if node.target is aten.pad.default:
         return not any(node.args[3:])  # the value, which is 0 without one, and which other modes than "constant" refuse
+    if node.target is aten.to.dtype:
+        return node.args[1] is torch.float32  # what a convolution in 8 bits reads
     if node.target is operator.getitem:
         parts: Any = node.args[0]
         return parts.target in _PARTS or (parts.target in _MAXIMA and bool(node.args[1] == 0))  # 1 is where they lie
