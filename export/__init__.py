@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["LAYOUTS", "ExportConfig", "Exported", "Parity", "ParityError", "SideBySide", "export_model"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Lazy: TensorRT engines are built from a graph on hosts that have no torch.
     if name not in __all__:

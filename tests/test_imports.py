@@ -20,6 +20,7 @@ from PIL import Image
 from serve_helpers import needs_serve
 
 import tetdeploy
+import tetdeploy.export
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir", "sklearn", "matplotlib", "safetensors", "scipy")
 MODULES = [
@@ -204,6 +205,7 @@ def test_imports_go_one_way(folder: str, unknown: str) -> None:
 
 def test_a_prompt_offers_what_is_imported_late() -> None:
     assert {"Engine", "load", "__version__"} <= set(dir(tetdeploy))
+    assert {"ExportConfig", "export_model"} <= set(dir(tetdeploy.export))
 
 
 @pytest.mark.parametrize("folder", ["train", "export", "tetdeploy/serve"])
