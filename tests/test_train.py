@@ -1006,7 +1006,7 @@ def test_what_memory_or_bn_lacks_is_said_with_what_the_run_may_still_change(tmp_
         nn.functional.batch_norm(torch.zeros(1, 3, 1, 1), None, None, training=True)
 
     bf16 = settings(precision="bf16")
-    broken = toy(lambda count: nn.init.constant_(broken.network.conv.bias, math.nan))
+    broken = toy(lambda count: nn.init.constant_(broken.network.conv.bias, math.nan if count > 1 else 0))
     with pytest.raises(
         ValueError, match=r"at batch_size 8, T=2, precision bf16; go on with --recompute, or train anew"
     ):
@@ -1015,6 +1015,13 @@ def test_what_memory_or_bn_lacks_is_said_with_what_the_run_may_still_change(tmp_
         run(tmp_path / "b", toy(lonely))
     with pytest.raises(ValueError, match=r"lower --lr, use --precision fp32 or switch on"):
         run(tmp_path / "c", broken, config=bf16)
+
+
+@pytest.mark.parametrize(("precision", "remedy"), [("fp32", "look for"), ("bf16", "use --precision fp32, or look for")])
+def test_a_first_loss_that_is_not_finite_is_not_laid_to_the_rate(tmp_path: Path, precision: str, remedy: str) -> None:
+    broken = toy(lambda count: nn.init.constant_(broken.network.conv.bias, math.nan))
+    with pytest.raises(ValueError, match=rf"nan at step 0 \(.*\), before any weight was changed: {remedy} what is not"):
+        run(tmp_path, broken, config=settings(precision=precision))
 
 
 def test_a_state_that_outlives_its_batch_is_named(tmp_path: Path) -> None:

@@ -284,10 +284,14 @@ def _check_finite(session: Session, state: TrainState, val_loss: float | None) -
         return
     step = state.epoch * session.steps_per_epoch + (bad[0] if bad else state.step - 1)
     where, value = ("loss", state.losses[bad[0]].item()) if bad else ("validation loss after the epoch", val_loss)
+    told = f"the {where} is {value} at step {step} (epoch {state.epoch + 1}, lr {session.rate(step):.3g})"
+    plain = [] if session.precision == "fp32" else ["use --precision fp32"]
+    if bad and step == 0:
+        remedies = ", or ".join([*plain, "look for what is not finite in the network itself, or too large in --phi"])
+        raise ValueError(f"{told}, before any weight was changed: {remedies}")
     raise ValueError(
-        f"the {where} is {value} at step {step} (epoch {state.epoch + 1}, lr {session.rate(step):.3g}); "
-        f"lower --lr{'' if session.precision == 'fp32' else ', use --precision fp32'} or switch on --clip 1, in a new "
-        "run, as --resume would come to this again. The files of the finished epochs are as they were"
+        f"{told}; {', '.join(['lower --lr', *plain])} or switch on --clip 1, in a new run, as --resume would come to "
+        "this again. The files of the finished epochs are as they were"
     )
 
 
