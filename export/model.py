@@ -29,7 +29,7 @@ from tetdeploy.storage.provenance import ORIGIN
 from tetdeploy.sweep import check_class_numbers
 from tetdeploy.system.memory import reused_memory
 from tetdeploy.traced_network import Runnable
-from tetdeploy.tracing import Tracer, callers_autocast_off
+from tetdeploy.tracing import Tracer, callers_autocast_off, float32_convolutions
 from tetdeploy.wording import first_line
 
 from .causality import check_reached, check_steps, float_types, steps_to_check
@@ -82,6 +82,7 @@ class Exported:
 
 
 @callers_autocast_off()
+@float32_convolutions()  # of a network on a GPU, which the graph is compared with
 def export_model(
     classifier: Classifier,
     path: Path | str,

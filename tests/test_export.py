@@ -2076,6 +2076,22 @@ def test_a_callers_modes_are_not_in_the_graph(mode: Callable[[], AbstractContext
     np.testing.assert_array_equal(one, other)
 
 
+def test_pytorch_answers_in_float32_on_a_gpu_too(tmp_path: Path) -> None:
+    """In TF32, convolutions' default there, 994 of a million neuron-steps of this network differ, and it is refused."""
+    cudnn: Any = torch.backends.cudnn
+    allowed, seen = cudnn.allow_tf32, list[bool]()
+
+    def note(*_: Any) -> None:  # torch.export itself turns "ieee" into "none", which is not TF32 either
+        seen.append(cudnn.allow_tf32 or cudnn.conv.fp32_precision == "tf32")
+
+    try:
+        cudnn.allow_tf32 = True
+        export_convsnn(tmp_path / "m.onnx", ExportConfig(T=4), digits().images[:9], progress=note)
+        assert seen and not any(seen) and cudnn.allow_tf32 and cudnn.conv.fp32_precision == "tf32"
+    finally:
+        cudnn.allow_tf32 = allowed
+
+
 def test_the_same_network_again_is_the_same_file(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
 

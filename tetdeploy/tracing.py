@@ -166,6 +166,21 @@ def callers_autocast_off() -> Iterator[None]:
 
 
 @contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """Within it float32 is float32 to cuDNN: in TF32, PyTorch's default, factors have 10 bits of mantissa, which
+    changes spikes. Nothing changes on a CPU."""
+    cudnn: Any = torch.backends.cudnn
+    conv, rnn = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    cudnn.allow_tf32 = False  # where it disagrees with the newer ones, whoever reads it gets an error
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = conv == "tf32"
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """torch's exporter warns of its own internals and prints graphs; nothing a user can act on. Nor does it note
     where in the code each node is made: nobody reads it, and in a large network it takes seconds."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tetdeploy import kernels
 from tetdeploy.networks import NetworkConfig
 from tetdeploy.system.machine import emulates_bf16, read_cpuinfo
+from tetdeploy.tracing import float32_convolutions
 
 from .ranks import current_ranks
 
@@ -128,21 +129,19 @@ def wants_channels_last(config: NetworkConfig, device: torch.device, precision: 
 
 @contextmanager
 def tuned_convolutions() -> Iterator[None]:
-    """Within it cuDNN times its algorithms once for each shape and keeps the fastest, and float32 is float32 to it: in
-    TF32, PyTorch's default, factors have 10 bits of mantissa, which changes spikes. Nothing changes on a CPU.
+    """Within it cuDNN times its algorithms once for each shape and keeps the fastest, and float32 is float32 to it.
+    Nothing changes on a CPU.
 
     Nothing is timed with `torch.use_deterministic_algorithms`: two runs may find another algorithm the fastest.
     """
     cudnn: Any = torch.backends.cudnn
-    benchmark, conv, rnn = cudnn.benchmark, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    benchmark = cudnn.benchmark
     cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    cudnn.allow_tf32 = False  # where it disagrees with the newer ones, whoever reads it gets an error
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     try:
-        yield
+        with float32_convolutions():
+            yield
     finally:
-        cudnn.benchmark, cudnn.allow_tf32 = benchmark, conv == "tf32"
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
+        cudnn.benchmark = benchmark
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

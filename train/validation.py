@@ -12,6 +12,7 @@ from tetdeploy.arguments import check_count, check_type
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.neurons import LIF
 from tetdeploy.traced_network import Runnable
+from tetdeploy.tracing import float32_convolutions
 
 from .device import autocast
 from .losses import total_loss
@@ -20,6 +21,7 @@ from .ranks import Ranks
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+@float32_convolutions()
 def evaluate(
     classifier: Classifier,
     images: Tensor,
