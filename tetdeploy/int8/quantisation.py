@@ -100,7 +100,7 @@ def int8_conv(
         scale, zero: see `CurrentScale`.
     """
     sums = _sums(spikes, weight, stride, padding, dilation, groups)
-    step = torch.tensor(scale, dtype=torch.float32, device=sums.device)
+    step = _scalar(scale, sums.device)
     factor = weight_scale / step
     for part in _in_cache(sums):
         _round(part, factor, bias).clamp_(-zero, 255 - zero).mul_(step)
@@ -110,6 +110,12 @@ def int8_conv(
 def _sums(spikes: Tensor, weight: Tensor, *places: Any) -> Tensor:
     """sum W_q s, to the last roundings of some kernels."""
     return _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, *places)
+
+
+def _scalar(value: float, device: torch.device) -> Tensor:
+    """A float32 number on a device, filled in there: a copy from the host would make a GPU's step wait. (A Python float
+    as divisor is not the same: on a GPU PyTorch multiplies by its reciprocal.)"""
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _in_cache(values: Tensor) -> tuple[Tensor, ...]:
@@ -153,7 +159,7 @@ class _FakeQuantised(torch.autograd.Function):
         quantised = _quantised(weight, bias)
         held, weight_scale, shift = quantised.values()
         rounded = _sums(spikes, held, *places)
-        step = torch.tensor(scale, dtype=torch.float32, device=rounded.device)
+        step = _scalar(scale, rounded.device)
         factor = weight_scale / step
         for part in _in_cache(rounded):
             _round(part, factor, shift)
