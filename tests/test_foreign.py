@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -243,6 +244,9 @@ def test_later_commands_ask_for_frames_as_the_authors_made_them(file: Path, tmp_
     assert "so the checkpoint names no data" in said and "--T 6 --fold-bn --data FRAMES.npz" in said
     for command in (["export", out], ["evaluate", out], ["landscape", out], ["train", "--qat", "--init", out]):
         assert "does not say what data it was trained on; name some with --data" in refused(*command)
+    np.savez(frames := tmp_path / "f.npz", images=np.ones((1, 2, 2, 48, 48), np.uint8), labels=[9])
+    said = " ".join(printed("evaluate", out, "--data", frames, "--T", "2").split())
+    assert said.endswith(f"next: tetdeploy export {out} --data {frames}")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -138,7 +138,8 @@ def evaluate(
         row = _row(path, metadata, images, predicted[-1], ann=classifier.config.ann, checkpoint_sha256=sha256)
         rows.append(row | ({"trained_on": True} if own_file else {}))
         if classifier.config.is_spiking and path not in beaten:
-            following.append((path, *(("--precision", "int8") if row["qat"] else ())))
+            given = ("--data", data) if data is not None and not metadata["data"]["name"] else ()
+            following.append((path, *given, *(("--precision", "int8") if row["qat"] else ())))
     result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
     if seeds:
         result["seeds"] = [_over_seeds(folder, summary, rows) for folder, summary in summaries.items()]
