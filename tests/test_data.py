@@ -462,6 +462,7 @@ def test_npz_gives_grey_images_a_channel_and_classes_numbers(tmp_path: Path) -> 
             r"with the channels last; wanted frames.* images.transpose\(0, 1, 4, 2, 3\)",
         ),
         ({"images": noise(0, 1, 4, 4), "labels": np.zeros(0, int)}, "holds no pixel"),
+        ({"images": noise(0, 3, 2, 4, 4), "labels": np.zeros(0, int)}, "holds no pixel; .* with one sequence or more"),
         ({"labels": np.zeros(2)}, r"labels are float64 \[2\]; wanted integers \[N\]"),
         ({"labels": np.zeros((2, 1), int)}, r"labels are int64 \[2, 1\]; wanted integers.*give labels.ravel\(\)"),
         ({"labels": np.eye(2)}, r"labels are float64 \[2, 2\]; wanted integers.*give labels.argmax\(1\)"),

@@ -460,21 +460,23 @@ def test_framing_in_a_file_that_was_changed_is_refused(said: Any) -> None:
 def test_recordings_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
     root = event_folder(tmp_path / "set", sensor_size=[30, 20])
     (root / "train/left/0.npz").write_bytes(b"PK no zip")
+    np.savez(root / "train/right/0.npz", t=np.array([None]), x=[1], y=[2], p=[1])
     np.savez(root / "train/right/1.npz", t=[1], x=[1])
     np.savez(root / "test/left/0.npz", t=[1], x=[30], y=[2], p=[1])
     unsorted = {"t": [3, 1], "x": [1, 1], "y": [2, 2], "p": [1, 1]}
     np.savez(root / "test/right/0.npz", **unsorted)
     np.savez(root / "test/right/1.npz", t=[], x=np.zeros(0, int), y=np.zeros(0, int), p=[])
-    with pytest.raises(ValueError, match=r"^4 of 10 recordings cannot be used: .*; repair or remove them$") as caught:
+    with pytest.raises(ValueError, match=r"^5 of 10 recordings cannot be used: .*; repair or remove them$") as caught:
         load_data(f"events:{root}", "test", data_dir=NOWHERE)
     for part in (
         r"train/left/0.npz (it is damaged: it is no .npz, or is cut short)",
+        r"train/right/0.npz (in it, t holds Python objects, which",
         r"train/right/1.npz (it holds t, x but not y, p)",
         r"test/right/0.npz (its times are not sorted",
         r"test/right/1.npz (it holds no event)",
     ):
         assert part in str(caught.value)
-    for name in ("train/left/0", "train/right/1", "test/right/0", "test/right/1"):
+    for name in ("train/left/0", "train/right/0", "train/right/1", "test/right/0", "test/right/1"):
         shutil.copy(root / "train/left/1.npz", root / f"{name}.npz")
     with pytest.raises(ValueError, match=r"1 of 10 .*test/left/0.npz \(it reaches the pixel x=30, y=2, outside"):
         load_data(f"events:{root}", "test", data_dir=NOWHERE)

@@ -398,7 +398,7 @@ def test_refused_states(tmp_path: Path) -> None:
 def test_a_state_may_hold_no_python_objects() -> None:
     buffer = io.BytesIO()
     np.savez(buffer, sum_logits=np.zeros(10, np.float32), t=1, model_sha256=np.array([print], object))
-    with pytest.raises(ValueError, match="the state: model_sha256 holds Python objects, which are not read"):
+    with pytest.raises(ValueError, match="in the state, model_sha256 holds Python objects, which are not read"):
         StreamState.from_bytes(buffer.getvalue())
     rest = {"sum_logits": np.zeros(10), "model_sha256": "00"}
     for arrays in (

@@ -116,8 +116,10 @@ def _checked(
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     frames, kinds = arrays["images"], " or ".join(dtypes)
     got, wanted = f"{path}: images are {frames.dtype} {list(frames.shape)}", f"frames, {kinds} [N, T, C, H, W]"
-    if frames.ndim != 5 or frames.dtype not in dtypes or 0 in frames.shape:
+    if frames.ndim != 5 or frames.dtype not in dtypes:
         raise ValueError(f"{got}; wanted {wanted}")
+    if 0 in frames.shape:
+        raise ValueError(f"{got}, which holds no pixel; wanted {wanted} with one sequence or more")
     refuse_channels_last(frames.shape, got, wanted)
     labels = usable_labels(path, arrays["labels"])
     if len(labels) != len(frames):

@@ -54,7 +54,7 @@ def opened_npz(handle: BinaryIO, name: str) -> Iterator[Mapping[str, NDArray[Any
         with np.load(handle, allow_pickle=False) as file:
             yield _Arrays(file)
     except _HoldsObjectsError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"in {name}, {error}") from error
     except _OF_DAMAGE as error:
         raise ValueError(f"{name} is damaged: {str(error) or 'it ends too early'}") from error
 
