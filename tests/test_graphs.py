@@ -81,12 +81,11 @@ class Replayed(Recorded):
     """What a graph does, computed: reads its own copy of the batch, and adds to gradients that it first clears."""
 
     compute: Any
-    gradients: list[Tensor]
 
     def replay(self, x: Tensor, labels: Tensor) -> Tensor:
         self.x.copy_(x)
         self.labels.copy_(labels)
-        torch._foreach_zero_(self.gradients)
+        torch._foreach_zero_([gradient for gradient in self.gradients if gradient is not None])
         numbers: Tensor = self.compute(self.x, self.labels)
         return numbers
 
@@ -95,11 +94,28 @@ class StandIn(StepGraphs):
     """Records on a CPU: the first computation of a key is the one that is replayed."""
 
     def _record(self, compute: Compute, x: Tensor, labels: Tensor) -> Recorded:
-        for p in self._network.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
+        buffers = [*self._network.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        self._network.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=[]):
+            compute(x, labels)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
         graph: Any = None
-        return Replayed(graph, x, labels, labels, compute, gradients)
+        return Replayed(graph, x, labels, labels, self._shared_gradients(), compute)
+
+
+class Shifted(nn.Module):
+    """Shifts the logits of each time step by values of its own, as BN of each step does: a shorter run does not use the
+    later ones."""
+
+    def __init__(self, network: nn.Module, steps: int) -> None:
+        super().__init__()
+        self.network = network
+        self.shifts = nn.ParameterList(torch.zeros(3) for _ in range(steps))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.network(x, T) + torch.stack([*self.shifts][:T])[:, None]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +140,8 @@ def test_a_run_with_graphs_is_the_run_without(
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr("tetdeploy.train.session.StepGraphs", make)
     plain, replayed, config = classifier(), classifier(), settings(device="cpu", **changes)
+    for of in (plain, replayed):
+        of.network = Shifted(of.network, 2)
     train(plain, TRAIN, VAL, config, tmp_path / "plain", progress=False)
     train(replayed, TRAIN, VAL, config, tmp_path / "graphs", progress=False, how=How(cuda_graphs=True))
     assert len(made[0]._graphs) == graphs
@@ -260,14 +278,13 @@ def test_a_broken_recording_says_what_broke_it(
 ) -> None:
     streams, states, outside = recorded_nowhere(monkeypatch)
     network, passes, held = nn.Linear(1, 1), iter(range(10)), []
-    for p in network.parameters():
-        p.grad = torch.zeros_like(p)
 
     def compute(x: Tensor, labels: Tensor) -> Tensor:
         loss = network(x)
         if next(passes) == WARM_UP:
             held.append(weakref.ref(loss))
             raise raised
+        loss.backward()
         return x
 
     with pytest.raises(seen, match=match):
@@ -281,11 +298,10 @@ def test_a_step_that_draws_on_the_cpu_is_not_recorded(monkeypatch: pytest.Monkey
     """Each replay would do what the first draw decided, the layers that it dropped for instance."""
     _, states, _ = recorded_nowhere(monkeypatch)
     network = nn.Linear(1, 1)
-    for p in network.parameters():
-        p.grad = torch.zeros_like(p)
 
     def compute(x: Tensor, labels: Tensor) -> Tensor:
         draw()
+        network(x).backward()
         return x
 
     with pytest.raises(ValueError, match=r"draws random numbers on the CPU.* draw them on the GPU, or pass --no-cuda"):

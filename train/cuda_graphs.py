@@ -53,12 +53,17 @@ def check_graphs(config: TrainConfig, device: torch.device, precision: str, rank
 
 @dataclass(frozen=True)
 class Recorded:
-    """A graph, where it reads its batch and where it leaves its numbers."""
+    """A graph, where it reads its batch and where it leaves its numbers and gradients.
+
+    Attributes:
+        gradients: one for each parameter; None where what was recorded does not use the parameter.
+    """
 
     graph: torch.cuda.CUDAGraph
     x: Tensor
     labels: Tensor
     numbers: Tensor
+    gradients: list[Tensor | None]
 
     def replay(self, x: Tensor, labels: Tensor) -> Tensor:
         self.x.copy_(x)
@@ -71,16 +76,21 @@ class StepGraphs:
     """The graphs of a run's training steps.
 
     Args:
-        network: whose parameters get the gradients; from the first step on they must not be set to None.
+        network: whose parameters get the gradients.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
+        self._parameters = [*network.parameters()]
+        self._gradients: dict[Tensor, Tensor] = {}
         self._graphs: dict[Hashable, Recorded] = {}
         self._pool: Any = None
 
     def __call__(self, key: Hashable, compute: Compute, x: Tensor, labels: Tensor) -> Tensor:
         """What `compute(x, labels)` returns, and its gradients in the parameters' `.grad`, in place of older ones.
+
+        As without a graph, a parameter that it does not use has none, so that the optimizer leaves it alone: a network
+        may have BN layers of their own for each time step.
 
         Args:
             key: everything that decides what `compute` does, beside the shapes of `x` and `labels`.
@@ -96,7 +106,17 @@ class StepGraphs:
         if key not in self._graphs:
             with torch.cuda.device(x.device):
                 self._graphs[key] = self._record(compute, x.clone(), labels.clone())
-        return self._graphs[key].replay(x, labels)
+        recorded = self._graphs[key]
+        self._set_gradients(recorded.gradients)
+        return recorded.replay(x, labels)
+
+    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _shared_gradients(self) -> list[Tensor | None]:
+        """Of each parameter that has a gradient now, the one of the first graph that used it: all graphs' is one."""
+        return [None if p.grad is None else self._gradients.setdefault(p, p.grad) for p in self._parameters]
 
     def _record(self, compute: Compute, x: Tensor, labels: Tensor) -> Recorded:
         generator, buffers = torch.cuda.default_generators[torch.cuda.current_device()], [*self._network.buffers()]
@@ -105,11 +125,13 @@ class StepGraphs:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         drawn_here = _drawn_here()
+        self._network.zero_grad(set_to_none=True)  # to see which parameters are used
         with torch.cuda.stream(stream):  # not that of the process, whose gradients' order a recording may not touch
             for _ in range(WARM_UP):
                 compute(x, labels)
-            gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
-            torch._foreach_zero_(gradients)
+            self._set_gradients(gradients := self._shared_gradients())
+            used = [gradient for gradient in gradients if gradient is not None]
+            torch._foreach_zero_(used)
         torch.cuda.current_stream().wait_stream(stream)
         if _drawn_here() != drawn_here:
             generator.set_state(drawn)
@@ -123,7 +145,7 @@ class StepGraphs:
         try:
             # Of this thread alone: another may be pinning memory for the next batches.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                torch._foreach_zero_(gradients)  # kept where they are: the optimizer reads the same ones of every graph
+                torch._foreach_zero_(used)
                 numbers = compute(x, labels)
         except RuntimeError as error:
             # The end of a broken recording raises an error of its own, and does so before it leaves the stream. Before
@@ -141,7 +163,7 @@ class StepGraphs:
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         generator.set_state(drawn)
-        return Recorded(graph, x, labels, numbers)
+        return Recorded(graph, x, labels, numbers, gradients)
 
 
 def _drawn_here() -> bytes:
