@@ -1695,6 +1695,27 @@ command([])
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_in_the_callback_of_a_weak_reference_ends_the_command(name: str) -> None:
+    """Python lets no exception out of it: the command would go on, and end with 0."""
+    code = """
+import os, signal, sys, time, weakref, click
+from tetdeploy.cli.errors import CleanErrors
+@click.command(cls=CleanErrors)
+def command():
+    freed = {1}
+    reference = weakref.ref(freed, lambda _: os.kill(os.getpid(), number))
+    del freed
+    time.sleep(30)
+number = getattr(signal, sys.argv[1])
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler if number == signal.SIGINT else signal.SIG_IGN)
+command([])
+"""
+    done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted; no file is left half written\n")
+
+
 def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
     """The times are set: two files that are written within one tick of the kernel's clock have the same."""
 

@@ -23,7 +23,7 @@ from tetdeploy.cli.characters import replace_lacking_characters
 from tetdeploy.storage.files import lacks_temporary_folder
 from tetdeploy.storage.provenance import version
 from tetdeploy.system.extras import MissingExtraError
-from tetdeploy.system.signals import handled, terminations
+from tetdeploy.system.signals import handled, lost_interrupts_raised_again, terminations
 from tetdeploy.wording import first_line, visible
 
 # PyTorch's of a CPU, of a tensor beyond any memory, and of a GPU; cuBLAS's and cuDNN's, which take memory of their own
@@ -46,7 +46,7 @@ class CleanErrors(click.Command):
         warnings.formatwarning = _one_line
         # Without a home to write to it says so in two lines, though its plots are the same.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        with _terminations_like_ctrl_c():
+        with _terminations_like_ctrl_c(), lost_interrupts_raised_again():
             return super().main(*args, **kwargs)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

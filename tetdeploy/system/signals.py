@@ -1,10 +1,12 @@
-"""Handlers of signals for as long as a block runs; Ctrl-C between two batches, never inside one."""
+"""Handlers of signals for as long as a block runs; Ctrl-C between two batches, never inside one, and never lost."""
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -31,6 +33,35 @@ def handled(
 def uninterrupted() -> AbstractContextManager[None]:
     """Let Ctrl-C and what `terminations` names pass unheard: for what is short and has to be done to its end."""
     return handled(lambda *_: None, signal.SIGINT, *terminations())
+
+
+@contextmanager
+def lost_interrupts_raised_again() -> Iterator[None]:
+    """Within it, a KeyboardInterrupt that Python lost, and would only print, is raised again a moment later.
+
+    Handlers of signals run before the next instruction in Python. After long work in C that is often the callback of a
+    weak reference to what the work freed, or a `__del__`, out of which no exception comes.
+    """
+    before = sys.unraisablehook
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        if not ended.wait(0.01):  # by when the callback is over
+            _thread.interrupt_main()
+
+    def hook(unraisable: sys.UnraisableHookArgs, /) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, where SIGTERM interrupted
+        _thread.start_new_thread(interrupt, ())  # raised in the hook, it would be lost once more
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        ended.set()
+        sys.unraisablehook = before
 
 
 @contextmanager
