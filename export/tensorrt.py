@@ -118,9 +118,12 @@ def build_engine(
     check_writable(path, ".engine", remedy="name another file")
     check_writable(manifest_path(path), remedy="name another file")
     started = time.perf_counter()
-    build = _Build(trt, prepare(graph), progress)
-    build.configure(config, T, architectures if package == "tensorrt-rtx" else ())
-    plan = build.run(f"{package} {trt.__version__} cannot build {model.name}")
+    prepared = prepare(graph)
+    log, monitor = _observers(trt, progress)
+    with _interruptible(monitor):
+        build = _Build(trt, prepared, log, monitor)
+        build.configure(config, T, architectures if package == "tensorrt-rtx" else ())
+        plan = build.run(f"{package} {trt.__version__} cannot build {model.name}")
     manifest = {
         "format": 1,
         "package": package,
@@ -152,9 +155,8 @@ class _Build:
     """One build. The parser owns the weights and the network the parser's objects: both live until the engine is
     there, and the parser goes first."""
 
-    def __init__(self, trt: Any, graph: onnx.ModelProto, progress: Progress | None) -> None:
-        self._trt = trt
-        self._log, self._monitor = _observers(trt, progress)
+    def __init__(self, trt: Any, graph: onnx.ModelProto, log: Any, monitor: Any) -> None:
+        self._trt, self._log, self._monitor = trt, log, monitor
         self._builder = trt.Builder(self._log)
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self._parser = trt.OnnxParser(self._network, self._log)
@@ -212,16 +214,10 @@ class _Build:
 
         Raises:
             ValueError: `refused`, and TensorRT's reason.
-            KeyboardInterrupt: Ctrl-C, which TensorRT itself would not hear, at its next step.
         """
-        plan = None
-        if self._parsed:
-            with _interruptible(self._monitor):
-                plan = self._builder.build_serialized_network(self._network, self._config)
+        plan = self._builder.build_serialized_network(self._network, self._config) if self._parsed else None
         reasons = [_reason(self._parser.get_error(k)) for k in range(self._parser.num_errors)] + self._log.errors
         del self._parser
-        if self._monitor.stopped:
-            raise KeyboardInterrupt
         if plan is None:
             raise ValueError(f"{refused}: {reasons[0] if reasons else 'it does not say why'}")
         return bytes(plan)
@@ -274,14 +270,23 @@ def _observers(trt: Any, progress: Progress | None) -> tuple[Any, Any]:
 
 @contextmanager
 def _interruptible(monitor: Any) -> Iterator[None]:
-    """Ctrl-C, SIGTERM or SIGHUP stops the build at its next step: an exception in what TensorRT calls would be lost. A
-    step may take minutes, so that a second Ctrl-C ends the process."""
+    """Ctrl-C, SIGTERM or SIGHUP stops the build at its next step, and is raised behind it: an exception in what
+    TensorRT calls, the log already while it loads, would be lost. A step may take minutes, so that a second Ctrl-C ends
+    the process.
+
+    Raises:
+        KeyboardInterrupt: one of them came, whatever else the block raises.
+    """
 
     def stop(*_: object) -> None:
         monitor.stopped = True
 
-    with handled(stop, signal.SIGINT, *terminations()), second_ctrl_c_ends():
-        yield
+    try:
+        with handled(stop, signal.SIGINT, *terminations()), second_ctrl_c_ends():
+            yield
+    finally:
+        if monitor.stopped:
+            raise KeyboardInterrupt
 
 
 def _steps(asked: Range | None, metadata: dict[str, Any], path: Path) -> Range | None:

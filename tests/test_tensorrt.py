@@ -403,6 +403,25 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(number: signal.Signals, tmp_pat
     assert not names_in(tmp_path)
 
 
+def test_ctrl_c_while_tensorrt_writes_its_log_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def observers(*arguments: Any) -> tuple[Any, Any]:
+        log, monitor = observed(*arguments)
+
+        class Interrupted(type(log)):  # type: ignore[misc]
+            def log(self, severity: Any, message: str) -> None:
+                messages.append(message)
+                if len(messages) == 1:
+                    signal.raise_signal(signal.SIGINT)
+
+        return Interrupted(), monitor
+
+    observed, messages = tensorrt._observers, list[str]()
+    monkeypatch.setattr(tensorrt, "_observers", observers)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(exported("step"), tmp_path / "m.engine", RTX)
+    assert messages and not names_in(tmp_path)
+
+
 def test_progress_is_that_of_the_whole_build() -> None:
     seen = []
     _, monitor = tensorrt._observers(trt, lambda *done: seen.append(done))
