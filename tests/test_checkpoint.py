@@ -368,6 +368,13 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
         load(tmp_path / "x")
 
 
+@pytest.mark.parametrize("name", ["model-T4.onnx", "model-T4.engine"])
+def test_an_exported_model_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x08\n\x12\ttetdeploy")
+    with pytest.raises(ValueError, match=f"{name} is an exported model, not a checkpoint; give the run folder"):
+        load(tmp_path / name)
+
+
 def test_a_pointer_of_git_lfs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(ValueError, match=r"x is a pointer of Git LFS in place of the weights; fetch .* git lfs pull$"):

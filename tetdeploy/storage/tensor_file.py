@@ -100,7 +100,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a pickle, a pointer of Git LFS, truncated, or not safetensors.
+        ValueError: a pickle, a pointer of Git LFS, an exported model, truncated, or not safetensors.
     """
     try:
         size = path.stat().st_size
@@ -132,6 +132,11 @@ def read_header(path: Path) -> dict[str, Any]:
 def _refuse_others(path: Path, start: bytes) -> None:
     if pointer := lfs_pointer(start, "weights"):
         raise ValueError(f"{path} is {pointer}")
+    if path.suffix in (".onnx", ".engine"):
+        raise ValueError(
+            f"{path} is an exported model, not a checkpoint; give the run folder or the checkpoint that it was exported"
+            " from. What the model itself does is measured by tetdeploy validate"
+        )
     is_zip = start.startswith(b"PK\x03\x04")
     # Protocol 2 and later open with this byte and their number. No safetensors header is that short.
     is_pickle = len(start) >= 2 and start[0] == 0x80 and start[1] in range(2, 6) and start[2:8] != bytes(6)
