@@ -271,7 +271,7 @@ class TestAgainst:
     def test_wrong_paths(self) -> None:
         assert "nowhere" in refused(MODEL, "--against", "nowhere")
         assert "holds no checkpoint.safetensors" in refused(MODEL, "--against", ".")
-        assert "safetensors" in refused(MODEL, "--against", MODEL)
+        assert f"{MODEL} is an exported model, not a checkpoint" in refused(MODEL, "--against", MODEL)
 
     def test_options_that_go_with_it(self) -> None:
         assert "go with --against" in refused(MODEL, "--num-torch", "5", code=2)
