@@ -368,7 +368,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
         load(tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["model-T4.onnx", "model-T4.engine"])
+@pytest.mark.parametrize("name", ["model-T4.onnx", "model-T4.engine", "model.nir"])
 def test_an_exported_model_is_no_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x08\n\x12\ttetdeploy")
     with pytest.raises(ValueError, match=f"{name} is an exported model, not a checkpoint; give the run folder"):

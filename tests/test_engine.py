@@ -446,6 +446,9 @@ def test_refused_models(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} cannot be loaded: not an ONNX model, or a damaged one"):
             Engine(tmp_path / name)
+    (tmp_path / "graph.nir").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"graph\.nir is a NIR graph, not an \.onnx file; write one with: tetdeploy"):
+        Engine(tmp_path / "graph.nir")
 
 
 def test_weights_in_another_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

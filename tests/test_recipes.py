@@ -293,7 +293,7 @@ def test_what_is_wrong_is_named(text: str, message: str) -> None:
 def test_missing_files_and_options_that_exclude_each_other() -> None:
     assert "nothing.toml" in refused("--config", "nothing.toml")
     Path("binary.toml").write_bytes(b"\xff\xfe")
-    assert "binary.toml is not TOML" in refused("--config", "binary.toml")
+    assert "binary.toml is not TOML: not text in UTF-8" in refused("--config", "binary.toml")
     assert ".: Is a directory; name a file" in refused("--config", ".")
     assert "seeds is '0,x'; it must be whole numbers from 0" in refused("--seeds", "0,x")
     assert "choose one of them" in refused("--seeds", "0,1", "--seed", "2", code=2)

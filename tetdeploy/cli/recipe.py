@@ -23,7 +23,9 @@ def read_recipe(path: Path, command: click.Command) -> dict[str, Any]:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not TOML: not text in UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     allowed = {str(p.name): p for p in command.params if isinstance(p, click.Option) and p.name not in _NOT_IN_FILES}
     options: dict[str, Any] = {}

@@ -103,12 +103,14 @@ def refuse_folder(path: Path) -> None:
 
 def load_fault(path: Path, error: Exception, hint: str = "") -> ValueError | MemoryError:
     """What to raise where the file of a model cannot be loaded: a MemoryError where `error` says that memory does not
-    suffice, else a ValueError, which ends in `hint` and the first line of `error`, or says that Git LFS has it."""
+    suffice, else a ValueError, which ends in `hint` and the first line of `error`, or says what the file is instead."""
     if "std::bad_alloc" in str(error):
         return MemoryError(f"{path} cannot be loaded: {first_line(error)}")
     with suppress(OSError), path.open("rb") as file:
         if pointer := lfs_pointer(file.read(64), "model"):
             return ValueError(f"{path} is {pointer}")
+    if path.suffix == ".nir":
+        return ValueError(f"{path} is a NIR graph, not an .onnx file; write one with: tetdeploy export")
     fault = "not an ONNX model, or a damaged one; export or copy it again"
     return ValueError(f"{path} cannot be loaded: {fault}{hint} ({first_line(error)})")
 

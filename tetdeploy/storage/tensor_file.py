@@ -132,10 +132,11 @@ def read_header(path: Path) -> dict[str, Any]:
 def _refuse_others(path: Path, start: bytes) -> None:
     if pointer := lfs_pointer(start, "weights"):
         raise ValueError(f"{path} is {pointer}")
-    if path.suffix in (".onnx", ".engine"):
+    if path.suffix in (".onnx", ".engine", ".nir"):
+        measured = "" if path.suffix == ".nir" else ". What the model itself does is measured by tetdeploy validate"
         raise ValueError(
             f"{path} is an exported model, not a checkpoint; give the run folder or the checkpoint that it was exported"
-            " from. What the model itself does is measured by tetdeploy validate"
+            f" from{measured}"
         )
     is_zip = start.startswith(b"PK\x03\x04")
     # Protocol 2 and later open with this byte and their number. No safetensors header is that short.
