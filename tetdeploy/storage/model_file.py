@@ -58,7 +58,7 @@ def read_model(path: Path) -> bytes:
     """The bytes of an exported model.
 
     Raises:
-        ValueError: it is a folder, a TensorRT engine, a checkpoint, or keeps weights in another file.
+        ValueError: it is a folder, a TensorRT engine, a NIR graph, a checkpoint, or keeps weights in another file.
         OSError: it is not there or cannot be read.
     """
     refuse_folder(path)
@@ -66,6 +66,8 @@ def read_model(path: Path) -> bytes:
         raise FileNotFoundError(f"no model at {path}; write one with: tetdeploy export")
     if path.suffix == ".engine":
         raise ValueError(f"{path} is a TensorRT engine; here the .onnx file it was built from is needed")
+    if path.suffix == ".nir":
+        raise ValueError(f"{path} is a NIR graph, not an .onnx file; write one with: tetdeploy export")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {quoted(path)}")
     model = path.read_bytes()
@@ -103,14 +105,12 @@ def refuse_folder(path: Path) -> None:
 
 def load_fault(path: Path, error: Exception, hint: str = "") -> ValueError | MemoryError:
     """What to raise where the file of a model cannot be loaded: a MemoryError where `error` says that memory does not
-    suffice, else a ValueError, which ends in `hint` and the first line of `error`, or says what the file is instead."""
+    suffice, else a ValueError, which ends in `hint` and the first line of `error`, or says that Git LFS has it."""
     if "std::bad_alloc" in str(error):
         return MemoryError(f"{path} cannot be loaded: {first_line(error)}")
     with suppress(OSError), path.open("rb") as file:
         if pointer := lfs_pointer(file.read(64), "model"):
             return ValueError(f"{path} is {pointer}")
-    if path.suffix == ".nir":
-        return ValueError(f"{path} is a NIR graph, not an .onnx file; write one with: tetdeploy export")
     fault = "not an ONNX model, or a damaged one; export or copy it again"
     return ValueError(f"{path} cannot be loaded: {fault}{hint} ({first_line(error)})")
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdeploy.storage.files import atomic_write, is_utf8, lfs_pointer
+from tetdeploy.storage.files import MODELS, atomic_write, is_utf8, lfs_pointer
 from tetdeploy.storage.form import parse_json
 from tetdeploy.storage.model_file import METADATA_KEY
 from tetdeploy.system.extras import import_extra
@@ -132,7 +132,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def _refuse_others(path: Path, start: bytes) -> None:
     if pointer := lfs_pointer(start, "weights"):
         raise ValueError(f"{path} is {pointer}")
-    if path.suffix in (".onnx", ".engine", ".nir"):
+    if path.suffix in MODELS - {".safetensors"}:
         measured = "" if path.suffix == ".nir" else ". What the model itself does is measured by tetdeploy validate"
         raise ValueError(
             f"{path} is an exported model, not a checkpoint; give the run folder or the checkpoint that it was exported"
