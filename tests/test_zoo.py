@@ -289,6 +289,17 @@ def test_a_twin_of_neurons_has_their_settings_and_leaves_membranes_as_they_are()
     assert torch.equal(activations, current.relu()) and u_last is u
 
 
+def test_a_twin_has_no_neurons_in_a_list_that_only_the_network_knows() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), LIF())
+    network.stages = [network[1]]
+    current = torch.randn(1, 3) + 1.0
+    (relu,) = ann_twin(network).stages
+    (smooth,) = smooth_twin(network, k=3).stages
+    assert torch.equal(relu(current), current.relu())
+    torch.testing.assert_close(smooth(current), torch.sigmoid(3 * (current - 1.0)))
+    assert type(network.stages[0]) is LIF
+
+
 def test_a_twin_refuses_more_than_one_step() -> None:
     twin = build_network(config_of("convsnn", ann=True))
     for T in (0, 4):

@@ -63,17 +63,20 @@ def smooth_twin(network: N, *, k: float) -> N:
 
 def _replaced(network: N, replacement: Callable[[LIF], nn.Module]) -> N:
     twin = copy.deepcopy(network)
-    neurons = [(path, m) for path, m in twin.named_modules(remove_duplicate=False) if isinstance(m, LIF)]
+    neurons = [module for module in twin.modules() if isinstance(module, LIF)]
     if not neurons:
         raise ValueError(f"{type(network).__name__} has no LIF or IF neurons to replace; it is no spiking network")
-    if own := [neuron for _, neuron in neurons if computes_other(neuron)]:
+    if own := [neuron for neuron in neurons if computes_other(neuron)]:
         raise ValueError(
             f"{type(own[0]).__name__} computes or learns something of its own, which would be left out where ReLU or "
             "smooth spikes take the place of neurons: build the network with LIF and IF for that, or put what is added "
             "into a layer of its own, before or behind them"
         )
-    for path, neuron in neurons:
-        twin.set_submodule(path, replacement(neuron))
+    for neuron in neurons:
+        # The object itself becomes another, since a network may also call it from a list that PyTorch does not know.
+        other = replacement(neuron).train(neuron.training)
+        neuron.__class__ = type(other)  # type: ignore[assignment]
+        vars(neuron).update(vars(other))
     return twin
 
 
