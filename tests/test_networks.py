@@ -263,6 +263,7 @@ def test_a_leak_out_of_range_is_refused() -> None:
 
 MODULE = """
 from torch import nn
+from tetdeploy.neurons import LIF
 
 def network(num_classes, in_channels, image_size):
     return nn.Linear(in_channels * image_size[0] * image_size[1], num_classes)
@@ -295,6 +296,22 @@ def in_a_list(num_classes, in_channels, image_size):
 
 def in_a_list_too(num_classes, in_channels, image_size):
     return InAList(num_classes, register=True)
+
+class Beside(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = {"teacher": nn.Sequential(nn.Linear(1, 1), LIF(), nn.Dropout()).requires_grad_(False)}
+        self.stages = [self.layers, *layers]
+
+def neurons_in_a_list(num_classes, in_channels, image_size):
+    return nn.Sequential(nn.Identity(), Beside(nn.Sequential(nn.Identity(), LIF())))
+
+def dropout_in_a_list(num_classes, in_channels, image_size):
+    return Beside(nn.Dropout(0.1))
+
+def teacher_in_a_list(num_classes, in_channels, image_size):
+    lif = LIF()
+    return nn.Sequential(lif, Beside(lif, nn.ReLU()))
 
 value = 3
 """
@@ -335,6 +352,8 @@ def test_the_code_of_an_own_network_is_told_by_its_file(own_module: str) -> None
         ("lazy_statistics", "whose 'running_mean' gets its size from the first image"),
         ("lazy", r"own_\d+:lazy returns a network whose .1\.weight. gets its size from the first image; .* run the"),
         ("in_a_list", r"own_\d+:in_a_list returns a network whose '1' keeps weights to train out of .*; use nn\.Mod"),
+        ("neurons_in_a_list", r"own_\d+:neurons_in_a_list returns a network whose '1' keeps neurons or dropout where "),
+        ("dropout_in_a_list", "whose 'module' keeps neurons or dropout where PyTorch does not see .*; use nn.ModuleL"),
         ("value", r"own_\d+:value must be a function of num_classes, .*: 3 is not a callable object"),
     ],
 )
@@ -347,6 +366,7 @@ def test_own_networks_that_are_none_are_refused(own_module: str, function: str, 
 def test_layers_of_an_own_network_may_be_in_a_list_as_well(own_module: str) -> None:
     network = import_network(NetworkConfig(f"{own_module}:in_a_list_too", 7, 2, (3, 4)))
     assert set(network.state_dict()) == {"readout.weight", "readout.bias"}
+    assert isinstance(import_network(NetworkConfig(f"{own_module}:teacher_in_a_list", 7, 2, (3, 4))), nn.Sequential)
 
 
 def test_an_own_module_that_is_not_there_is_named() -> None:

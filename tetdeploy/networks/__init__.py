@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from tetdeploy.arguments import check_count, check_flags, check_number
@@ -27,6 +28,7 @@ from tetdeploy.networks.sew_resnet34 import SEWResNet34
 from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
 from tetdeploy.networks.twins import ann_twin, smooth_twin
 from tetdeploy.networks.vggsnn import VGGSNN
+from tetdeploy.neurons import LIF
 from tetdeploy.storage.files import sha256_of
 from tetdeploy.wording import shorten
 
@@ -169,7 +171,7 @@ def import_network(config: NetworkConfig) -> nn.Module:
     Raises:
         ValueError: the module or the function is not there, does not take num_classes, in_channels and image_size, or
             what it returns is not an `nn.Module`, or has lazy layers that saw no image yet, weights that it computed,
-            or weights to train that its state dict lacks.
+            or weights to train, neurons or dropout where PyTorch does not see them.
     """
     module_name, _, function_name = config.model.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does; a console script has its own folder instead
@@ -206,6 +208,13 @@ def import_network(config: NetworkConfig) -> nn.Module:
             f"{config.model} returns a network whose {hidden[0] or 'module'!r} keeps weights to train out of its state "
             "dict, as a list of Python does: no optimiser and no checkpoint would see them; use nn.ModuleList, "
             "nn.ModuleDict or nn.ParameterList, or .requires_grad_(False) for those that are not to train"
+        )
+    layers = {id(module) for module in network.modules()}
+    if hidden := [path for path, module in network.named_modules() if _hides_layers(module, layers)]:
+        raise ValueError(
+            f"{config.model} returns a network whose {hidden[0] or 'module'!r} keeps neurons or dropout where PyTorch "
+            "does not see them, as in a list of Python: firing rates and twins would lack these neurons, and dropout "
+            "would never end; use nn.ModuleList or nn.ModuleDict"
         )
     if lazy := without_size(network):
         raise ValueError(
@@ -264,6 +273,26 @@ def _keeps_computed(module: nn.Module) -> bool:
 
 def _hides_weights(module: nn.Module, known: Container[int]) -> bool:
     """Whether a module keeps parameters to train, or layers with such, whose `id` is not among those of the network."""
+    for value in _kept_aside(module):
+        parameters = value.parameters() if isinstance(value, nn.Module) else [value]
+        if any(isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known for p in parameters):
+            return True
+    return False
+
+
+def _hides_layers(module: nn.Module, known: Container[int]) -> bool:
+    """Whether a module keeps neurons or dropout whose `id` is not among those of the network's layers. Those within a
+    network that has weights, a teacher for instance, are its own."""
+    return any(
+        isinstance(layer, LIF | _DropoutNd) and id(layer) not in known
+        for value in _kept_aside(module)
+        if isinstance(value, nn.Module) and not value.state_dict()
+        for layer in value.modules()
+    )
+
+
+def _kept_aside(module: nn.Module) -> Iterator[Any]:
+    """What a module keeps as attributes, lists and dicts of Python, where PyTorch does not look for layers."""
     left = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
     seen = set[int]()
     while left:
@@ -271,10 +300,7 @@ def _hides_weights(module: nn.Module, known: Container[int]) -> bool:
         if isinstance(value, list | tuple | dict) and id(value) not in seen:
             seen.add(id(value))  # it may contain itself
             left += value.values() if isinstance(value, dict) else value
-        parameters = value.parameters() if isinstance(value, nn.Module) else [value]
-        if any(isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known for p in parameters):
-            return True
-    return False
+        yield value
 
 
 def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:
