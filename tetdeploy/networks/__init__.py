@@ -196,26 +196,27 @@ def import_network(config: NetworkConfig) -> nn.Module:
     network = function(**options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{config.model} must return a torch.nn.Module, got {type(network).__name__}")
-    if fixed := [path for path, module in network.named_modules() if _keeps_computed(module)]:
-        raise ValueError(
-            f"{config.model} returns a network whose {fixed[0] or 'module'!r} keeps a weight that it computes of "
-            "others, as torch.nn.utils.weight_norm and prune do, which cannot be copied or exported; use "
-            "torch.nn.utils.parametrizations.weight_norm, or prune.remove"
-        )
-    known = {id(parameter) for parameter in network.parameters()}
-    if hidden := [path for path, module in network.named_modules() if _hides_weights(module, known)]:
-        raise ValueError(
-            f"{config.model} returns a network whose {hidden[0] or 'module'!r} keeps weights to train out of its state "
-            "dict, as a list of Python does: no optimiser and no checkpoint would see them; use nn.ModuleList, "
-            "nn.ModuleDict or nn.ParameterList, or .requires_grad_(False) for those that are not to train"
-        )
-    layers = {id(module) for module in network.modules()}
-    if hidden := [path for path, module in network.named_modules() if _hides_layers(module, layers)]:
-        raise ValueError(
-            f"{config.model} returns a network whose {hidden[0] or 'module'!r} keeps neurons or dropout where PyTorch "
-            "does not see them, as in a list of Python: firing rates and twins would lack these neurons, and dropout "
-            "would never end; use nn.ModuleList or nn.ModuleDict"
-        )
+    known = {id(part) for part in (*network.parameters(), *network.modules())}
+    for is_wrong, complaint in (
+        (
+            _keeps_computed,
+            "keeps a weight that it computes of others, as torch.nn.utils.weight_norm and prune do, which cannot be "
+            "copied or exported; use torch.nn.utils.parametrizations.weight_norm, or prune.remove",
+        ),
+        (
+            partial(_hides_weights, known=known),
+            "keeps weights to train out of its state dict, as a list of Python does: no optimiser and no checkpoint "
+            "would see them; use nn.ModuleList, nn.ModuleDict or nn.ParameterList, or .requires_grad_(False) for those "
+            "that are not to train",
+        ),
+        (
+            partial(_hides_layers, known=known),
+            "keeps neurons or dropout where PyTorch does not see them, as in a list of Python: firing rates and twins "
+            "would lack these neurons, and dropout would never end; use nn.ModuleList or nn.ModuleDict",
+        ),
+    ):
+        if wrong := [path for path, module in network.named_modules() if is_wrong(module)]:
+            raise ValueError(f"{config.model} returns a network whose {wrong[0] or 'module'!r} {complaint}")
     if lazy := without_size(network):
         raise ValueError(
             f"{config.model} returns a network whose {lazy[0]!r} gets its size from the first image; let the function "
@@ -272,7 +273,7 @@ def _keeps_computed(module: nn.Module) -> bool:
 
 
 def _hides_weights(module: nn.Module, known: Container[int]) -> bool:
-    """Whether a module keeps parameters to train, or layers with such, whose `id` is not among those of the network."""
+    """Whether a module keeps parameters to train, or layers with such, whose `id` is not among the known."""
     for value in _kept_aside(module):
         parameters = value.parameters() if isinstance(value, nn.Module) else [value]
         if any(isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known for p in parameters):
@@ -281,8 +282,8 @@ def _hides_weights(module: nn.Module, known: Container[int]) -> bool:
 
 
 def _hides_layers(module: nn.Module, known: Container[int]) -> bool:
-    """Whether a module keeps neurons or dropout whose `id` is not among those of the network's layers. Those within a
-    network that has weights, a teacher for instance, are its own."""
+    """Whether a module keeps neurons or dropout whose `id` is not among the known. Those within a network that has
+    weights, a teacher for instance, are its own."""
     return any(
         isinstance(layer, LIF | _DropoutNd) and id(layer) not in known
         for value in _kept_aside(module)
